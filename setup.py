@@ -1,0 +1,17 @@
+from configparser import ConfigParser
+
+from setuptools import setup
+
+facts = ConfigParser()
+facts.read("settings.ini", encoding="utf-8")
+facts = facts["DEFAULT"]
+
+setup(
+    author=facts["author"],
+    license=facts["license"],
+    python_requires=">=" + facts["min_python"],
+    keywords=facts["keywords"].split(),
+    install_requires=facts["requirements"].split(),
+    extras_require={"dev": facts["dev_requirements"].split()},
+    classifiers=["Programming Language :: Python :: 3", "Programming Language :: Python :: 3 :: Only"],
+)
