@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/core.html.md"""
 __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'check_number', 'check_choice', 'check_alpha', 'private_generator', 'draw_lam',
            'draw_rotation', 'perm_index', 'partners', 'align', 'blend', 'Plan', 'draw_plan', 'map_leaves', 'leaves']
 
-# %% ../nbs/00_core.ipynb #c2e019b0
+# %% ../nbs/00_core.ipynb #dce4c103
 import copy
 import hashlib
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import torch
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #abda9fed
+# %% ../nbs/00_core.ipynb #a5b36972
 ALPHA_MIN, ALPHA_MAX = 1e-9, 1e9
 
 def check_number(
@@ -48,7 +48,7 @@ def check_alpha(alpha):
     "Return `alpha`, the parameter of Beta(alpha, alpha): 0 for no mixing, or a number from 1e-9 to 1e9"
     return check_number('alpha', alpha, ALPHA_MIN, ALPHA_MAX, or_zero=True)
 
-# %% ../nbs/00_core.ipynb #f1053c4c
+# %% ../nbs/00_core.ipynb #93510d9e
 def private_generator(
     *salt, # Anything printable that tells this stream from others, such as a name and a rank
 )->torch.Generator: # On the CPU
@@ -57,7 +57,7 @@ def private_generator(
     seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), 'little')
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #ef43116e
+# %% ../nbs/00_core.ipynb #c641f7ea
 def draw_lam(
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
     n:int=1, # Number of draws
@@ -70,7 +70,7 @@ def draw_lam(
     lam = torch.sigmoid(log_gamma[0] - log_gamma[1])
     return (torch.maximum(lam, 1-lam) if fold else lam).float()
 
-# %% ../nbs/00_core.ipynb #5ac2af91
+# %% ../nbs/00_core.ipynb #cd75708a
 def draw_rotation(
     n:int, # Number of items, at least 2
     generator:torch.Generator|None=None, # On the CPU; `None` is torch's global one
@@ -95,7 +95,7 @@ def partners(
     "`x` with each row replaced by its partner's"
     return x.roll(-perm, dim) if isinstance(perm, int) else x.index_select(dim, perm.to(x.device))
 
-# %% ../nbs/00_core.ipynb #063a8979
+# %% ../nbs/00_core.ipynb #20a0ff1c
 def align(
     lam:Tensor, # One weight per row, shape (n,)
     x:Tensor, # The tensor whose rows are weighted
@@ -127,7 +127,7 @@ def blend(
     with torch._C.DisableTorchFunctionSubclass(): out = _blend(x.as_subclass(Tensor), lam, perm, dim)
     return retain_type(out, x)
 
-# %% ../nbs/00_core.ipynb #f0826c18
+# %% ../nbs/00_core.ipynb #1e270915
 class Plan:
     "One draw for one batch: row `i` keeps `lam[i]` of itself and takes the rest from row `perm[i]`"
     def __init__(self,
@@ -156,7 +156,7 @@ def draw_plan(
     lam = draw_lam(alpha, n if per == 'item' else 1, fold, generator)
     return Plan(lam.to(device, non_blocking=True).expand(n), draw_rotation(n, generator))
 
-# %% ../nbs/00_core.ipynb #56136166
+# %% ../nbs/00_core.ipynb #b816e0dc
 def map_leaves(
     f:callable, # Called as `f(leaf, path)`; its result takes the place of the leaf
     o, # A tensor, or tuples, lists and mappings of such, nested at will
@@ -174,8 +174,9 @@ def map_leaves(
 
 def leaves(
     o, # Tuples, lists and mappings, nested at will
+    path:tuple=(), # Where `o` sits, as a tuple of indices and keys
 )->list: # Of (leaf, path) pairs
     "All leaves of `o` with their paths"
-    found = []
-    map_leaves(lambda leaf,path: found.append((leaf, path)), o)
-    return found
+    if not isinstance(o, (Mapping, tuple, list)): return [(o, path)]
+    items = o.items() if isinstance(o, Mapping) else enumerate(o)
+    return [leaf for k,v in items for leaf in leaves(v, (*path, k))]

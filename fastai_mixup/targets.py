@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/targets.html.md"""
 __all__ = ['check_targets', 'is_index', 'blend_targets', 'loss_option', 'unreduced', 'is_cross_entropy', 'is_nll', 'knows_items',
            'try_items', 'mixed_loss']
 
-# %% ../nbs/02_targets.ipynb #2ec9073d
+# %% ../nbs/02_targets.ipynb #de8802db
 import copy
 import inspect
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .core import Plan, align, leaves, map_leaves
 from .losses import cross_entropy, reduce_loss
 
-# %% ../nbs/02_targets.ipynb #ab3fb312
+# %% ../nbs/02_targets.ipynb #be7d14be
 def check_targets(
     yb:tuple, # The targets of a batch
     n:int, # Number of items in the batch
@@ -38,7 +38,7 @@ def check_targets(
         if y.layout != torch.strided or y.ndim == 0 or len(y) != n: raise ValueError(
             f"{name} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} items.")
 
-# %% ../nbs/02_targets.ipynb #d6ab570c
+# %% ../nbs/02_targets.ipynb #ca7cc6f0
 def is_index(
     y:Tensor, # A target
     pred, # The predictions it is compared with
@@ -55,7 +55,7 @@ def blend_targets(
     "Average each target with its partner's"
     return map_leaves(lambda y,_: plan.blend(y if y.is_floating_point() or y.is_complex() else y.float()), yb)
 
-# %% ../nbs/02_targets.ipynb #cef80f8c
+# %% ../nbs/02_targets.ipynb #e09b95a9
 def loss_option(
     loss_func, # A loss function
     name:str, # Such as 'reduction' or 'weight'
@@ -79,7 +79,7 @@ def unreduced(
     res.reduction = 'none'
     return res
 
-# %% ../nbs/02_targets.ipynb #289dbbea
+# %% ../nbs/02_targets.ipynb #8d4f9e61
 _TORCH_LOSSES = 'torch.nn.modules.loss', 'torch.nn.functional', 'fastai.losses'
 
 def _parts(loss_func):
@@ -108,7 +108,7 @@ def knows_items(
     if isinstance(func, (nn.CTCLoss, LabelSmoothingCrossEntropy)) or func is F.ctc_loss: return False
     return True
 
-# %% ../nbs/02_targets.ipynb #3c70b17a
+# %% ../nbs/02_targets.ipynb #5f07c0e8
 def try_items(
     loss_func, # A loss function with a `reduction`
     pred, # Predictions
@@ -124,7 +124,7 @@ def try_items(
         whole = reduce_loss(items, loss_option(loss_func, 'reduction'))
         return plain.is_meta or (whole.shape == plain.shape and torch.allclose(whole, plain, rtol=1e-3, equal_nan=True))
 
-# %% ../nbs/02_targets.ipynb #2debdc8c
+# %% ../nbs/02_targets.ipynb #421bd9c5
 def _rows(
     lam:Tensor, # Shape (n,)
     items:Tensor, # Losses of all elements, items first: (n, ...) or flat
@@ -169,11 +169,10 @@ def mixed_loss(
     per_item:bool=True, # Does `loss_func` give the loss of each item? If not, `plan.lam` holds the same number for all
 )->Tensor: # What `loss_func` returns
     "The loss of `pred` against the mixed targets"
-    with torch._C.DisableTorchFunctionSubclass():
-        if not any(is_index(y, pred, loss_func) for y,_ in leaves(yb)): return loss_func(pred, *blend_targets(yb, plan))
-        yb1 = map_leaves(lambda y,_: plan.partners(y), yb)
-        if len(yb) == 1 and isinstance(pred, Tensor) and isinstance(yb[0], Tensor):
-            if hasattr(loss_func, 'mixed'): return loss_func.mixed(pred, yb[0], yb1[0], align(plan.lam, yb[0]).expand_as(yb[0]))
-            if is_cross_entropy(loss_func): return _mixed_cross_entropy(loss_func, pred, yb[0], plan)
-        if per_item: return _mixed_items(loss_func, pred, yb, yb1, plan)
-        return torch.lerp(loss_func(pred, *yb1), loss_func(pred, *yb), plan.lam[0])
+    if not any(is_index(y, pred, loss_func) for y,_ in leaves(yb)): return loss_func(pred, *blend_targets(yb, plan))
+    yb1 = map_leaves(lambda y,_: plan.partners(y), yb)
+    if len(yb) == 1 and isinstance(pred, Tensor) and isinstance(yb[0], Tensor):
+        if hasattr(loss_func, 'mixed'): return loss_func.mixed(pred, yb[0], yb1[0], align(plan.lam, yb[0]).expand_as(yb[0]))
+        if is_cross_entropy(loss_func): return _mixed_cross_entropy(loss_func, pred, yb[0], plan)
+    if per_item: return _mixed_items(loss_func, pred, yb, yb1, plan)
+    return torch.lerp(loss_func(pred, *yb1), loss_func(pred, *yb), plan.lam[0])
