@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/inputs.html.md"""
 # %% auto #0
 __all__ = ['MixedIndex', 'input_names', 'check_inputs_option', 'InputMixer']
 
-# %% ../nbs/03_inputs.ipynb #33d5ac84
+# %% ../nbs/03_inputs.ipynb #ba4a03e3
 import inspect
 
 import torch
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from fastai.vision.core import TensorPoint
 from torch import Tensor, nn
 
-from .core import Plan, blend, leaves, map_leaves
+from .core import Plan, leaves, map_leaves
 
-# %% ../nbs/03_inputs.ipynb #35f51a08
+# %% ../nbs/03_inputs.ipynb #4124748d
 _REARRANGE = set('''__getitem__ __get__ T t transpose swapaxes swapdims permute movedim moveaxis view view_as reshape reshape_as flatten ravel unflatten
     squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave narrow select index_select take_along_dim gather masked_select
     split tensor_split chunk unbind unfold diagonal flip fliplr flipud roll rot90 cat concat concatenate stack hstack vstack dstack pad _pad
@@ -69,6 +69,17 @@ class MixedIndex(Tensor):
             dims = [d for d in range(lam.ndim) if lam.shape[d] > 1 and lam.stride(d) == 1]
             return dims[0] if len(dims) == 1 and lam.shape[dims[0]] == len(whole) else None
 
+    def lookup(self,
+        f, # Looks plain indices up, adding dimensions behind theirs
+    )->Tensor:
+        "What `f` gives for these indices, mixed"
+        self.seen.append(tuple(self.shape))
+        dim = self.batch_dim
+        if dim is not None: return self.plan.blend(f(self.own), dim)
+        own,partner = f(torch.stack([self.own, self.partner]))
+        lam = self.lam.to(torch.promote_types(own.dtype, torch.float32)).view(*self.shape, *[1]*(own.ndim-self.ndim))
+        return torch.lerp(partner.to(lam.dtype), own.to(lam.dtype), lam).to(own.dtype)
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name,kwargs = getattr(func, '__name__', str(func)),kwargs or {}
@@ -108,42 +119,32 @@ class MixedIndex(Tensor):
         partner = func(*_swap(args, lambda v: v.partner), **_swap(kwargs, lambda v: v.partner))
         return torch.lerp(partner, own, self.lam.to(own.dtype))
 
-# %% ../nbs/03_inputs.ipynb #01cf54ae
+# %% ../nbs/03_inputs.ipynb #828c4782
 def _index_of(args, kwargs, name):
     at = {'embedding': 0, 'embedding_bag': 0, '__getitem__': 1, 'index_select': 2}[name]
     return args[at] if len(args) > at else kwargs.get('input' if at == 0 else 'index')
 
-def _mix_lookup(lookup, idx):
-    "`lookup` of the indices `idx`, mixed; it adds dimensions behind theirs"
-    idx.seen.append(tuple(idx.shape))
-    dim = idx.batch_dim
-    if dim is not None: return blend(lookup(idx.own), idx.plan.lam, idx.plan.perm, dim)
-    own,partner = lookup(torch.stack([idx.own, idx.partner]))
-    lam = idx.lam.to(torch.promote_types(own.dtype, torch.float32)).view(*idx.shape, *[1]*(own.ndim-idx.ndim))
-    return torch.lerp(partner.to(lam.dtype), own.to(lam.dtype), lam).to(own.dtype)
-
 def _embedding(func, args, kwargs):
-    if args: return _mix_lookup(lambda i: func(i, *args[1:], **kwargs), args[0])
-    return _mix_lookup(lambda i: func(**{**kwargs, 'input': i}), kwargs['input'])
+    if args: return args[0].lookup(lambda i: func(i, *args[1:], **kwargs))
+    return kwargs['input'].lookup(lambda i: func(**{**kwargs, 'input': i}))
 
 def _getitem(func, args, kwargs):
-    if isinstance(args[0], MixedIndex): return MixedIndex._follow(func, '__getitem__', args, kwargs)
-    return _mix_lookup(lambda i: func(args[0], i), args[1])
+    if isinstance(args[0], MixedIndex): return args[0]._follow(func, '__getitem__', args, kwargs)
+    return args[1].lookup(lambda i: func(args[0], i))
 
 def _index_select(func, args, kwargs):
     x,dim,idx = (*args, *kwargs.values())[:3]
-    if isinstance(x, MixedIndex) or dim % x.ndim: return MixedIndex._follow(func, 'index_select', args, kwargs)
-    return _mix_lookup(lambda i: x[i], idx)
+    if isinstance(x, MixedIndex) or dim % x.ndim: return idx._follow(func, 'index_select', args, kwargs)
+    return idx.lookup(lambda i: x[i])
 
 def _bag(func, args, kwargs):
     idx = args[0]
     if idx.ndim != 2 or idx.batch_dim != 0: raise TypeError("An embedding bag can be mixed only where its input has one row per item, shape (bs, n).")
-    idx.seen.append(tuple(idx.shape))
-    return blend(func(idx.own, *args[1:], **kwargs), idx.plan.lam, idx.plan.perm)
+    return idx.lookup(lambda i: func(i, *args[1:], **kwargs))
 
 _LOOKUPS = dict(embedding=_embedding, embedding_bag=_bag, __getitem__=_getitem, index_select=_index_select)
 
-# %% ../nbs/03_inputs.ipynb #366ff214
+# %% ../nbs/03_inputs.ipynb #f297701e
 def input_names(
     model, # A module; the names come from the arguments of its `forward`
     n:int, # Number of inputs
