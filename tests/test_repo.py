@@ -1,0 +1,57 @@
+"Notebooks, package, README and configuration agree"
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+
+
+def run(*command, cwd): return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    "A copy of what git knows, as it is in the working tree"
+    dest = tmp_path_factory.mktemp('clone')
+    files = run('git', 'ls-files', '--cached', '--others', '--exclude-standard', cwd=root).stdout.split()
+    for name in filter(lambda name: (root/name).is_file(), files):
+        (dest/name).parent.mkdir(parents=True, exist_ok=True)
+        (dest/name).write_bytes((root/name).read_bytes())
+    return dest
+
+
+def contents(folder, pattern): return {p.name: p.read_text(encoding='utf-8') for p in sorted(folder.glob(pattern))}
+
+
+def test_package_is_exported_from_the_notebooks(clone):
+    result = run('nbdev-export', cwd=clone)
+    assert result.returncode == 0, result.stderr
+    assert contents(clone/'fastai_mixup', '*.py') == contents(root/'fastai_mixup', '*.py')
+
+
+def test_notebooks_are_clean(clone):
+    assert run('nbdev-clean', cwd=clone).returncode == 0
+    assert contents(clone/'nbs', '*.ipynb') == contents(root/'nbs', '*.ipynb')
+
+
+def test_readme_is_written_from_the_index():
+    result = run(sys.executable, '.ci/readme.py', '--check', cwd=root)
+    assert result.returncode == 0, result.stderr
+
+
+def test_readme_links_exist():
+    import re
+    links = re.findall(r'\]\((?!https?:)([^)#]+)\)', (root/'README.md').read_text(encoding='utf-8'))
+    assert links and all((root/link).exists() for link in links)
+
+
+def test_notebooks_are_small():
+    assert all(p.stat().st_size < 300_000 for p in (root/'nbs').glob('*.ipynb'))
+
+
+def test_the_example_runs(tmp_path):
+    result = run(sys.executable, 'examples/digits.py', '--seeds', '2', '--epochs', '1', '--n-train', '50', '--out', str(tmp_path/'a.png'), cwd=root)
+    assert result.returncode == 0, result.stderr
+    assert 'ManifoldMixUp(1)' in result.stdout and (tmp_path/'a.png').stat().st_size > 10_000
