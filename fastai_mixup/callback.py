@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 # %% auto #0
 __all__ = ['MixUp', 'MixCallback', 'MixUpCallback']
 
-# %% ../nbs/04_callback.ipynb #cf3494d6
+# %% ../nbs/04_callback.ipynb #02e36182
 import sys
 
 import torch
@@ -21,7 +21,7 @@ from .core import Plan, check_alpha, check_choice, check_number, draw_plan, leav
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, is_index, knows_items, mixed_loss, try_items
 
-# %% ../nbs/04_callback.ipynb #30382e5e
+# %% ../nbs/04_callback.ipynb #fbc94a9a
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -59,6 +59,8 @@ class MixCallback(Callback):
     def _init_state(self):
         super()._init_state()
         self.plan = self.held = self.mixed = self.kept = self.rng = self.mixer = self._knows = None
+
+    __setattr__ = object.__setattr__ # without the search for attributes of the same name in Learner and model
 
     def before_fit(self):
         "Start anew: seed the private generator at the first batch, and look at inputs and loss again"
@@ -106,6 +108,15 @@ class MixCallback(Callback):
     def after_cancel_batch(self):
         "Forget the plan"
         self.after_batch()
+
+    def before_validate(self):
+        "Forget a batch that was cancelled together with its epoch's training"
+        self._forget()
+
+    def after_fit(self):
+        "Free the memory"
+        self._forget()
+        self.mixer = None
 
     def loss(self,
         pred, # Predictions for the running batch
@@ -159,7 +170,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/04_callback.ipynb #704a16f1
+# %% ../nbs/04_callback.ipynb #eb0748e5
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()

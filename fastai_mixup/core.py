@@ -6,9 +6,10 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/core.html.md"""
 
 # %% auto #0
 __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'check_number', 'check_choice', 'check_alpha', 'private_generator', 'draw_lam',
-           'draw_rotation', 'perm_index', 'partners', 'align', 'blend', 'Plan', 'draw_plan', 'map_leaves', 'leaves']
+           'draw_rotation', 'perm_index', 'partners', 'align', 'blend', 'Reused', 'Plan', 'draw_plan', 'map_leaves',
+           'leaves']
 
-# %% ../nbs/00_core.ipynb #dce4c103
+# %% ../nbs/00_core.ipynb #83433781
 import copy
 import hashlib
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import torch
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #a5b36972
+# %% ../nbs/00_core.ipynb #042acbc5
 ALPHA_MIN, ALPHA_MAX = 1e-9, 1e9
 
 def check_number(
@@ -48,7 +49,7 @@ def check_alpha(alpha):
     "Return `alpha`, the parameter of Beta(alpha, alpha): 0 for no mixing, or a number from 1e-9 to 1e9"
     return check_number('alpha', alpha, ALPHA_MIN, ALPHA_MAX, or_zero=True)
 
-# %% ../nbs/00_core.ipynb #93510d9e
+# %% ../nbs/00_core.ipynb #83ec88c7
 def private_generator(
     *salt, # Anything printable that tells this stream from others, such as a name and a rank
 )->torch.Generator: # On the CPU
@@ -57,7 +58,7 @@ def private_generator(
     seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), 'little')
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #c641f7ea
+# %% ../nbs/00_core.ipynb #78eb2e43
 def draw_lam(
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
     n:int=1, # Number of draws
@@ -65,12 +66,12 @@ def draw_lam(
     generator:torch.Generator|None=None, # On the CPU; `None` is torch's global one
 )->Tensor: # Float32 on the CPU, in [0, 1], shape (n,)
     "Draw `n` weights from Beta(`alpha`, `alpha`) in log space, exact at both ends of the range ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
-    a = torch.full((2, n), float(alpha), dtype=torch.float64)
-    log_gamma = torch._standard_gamma(a+1, generator).log() - torch.empty_like(a).exponential_(generator=generator)/a
-    lam = torch.sigmoid(log_gamma[0] - log_gamma[1])
-    return (torch.maximum(lam, 1-lam) if fold else lam).float()
+    a = torch.full((2, n), float(alpha)+1, dtype=torch.float64)
+    log_gamma = torch._standard_gamma(a, generator).log_().sub_(a.exponential_(generator=generator), alpha=1/alpha)
+    logit = log_gamma[0] - log_gamma[1]
+    return torch.sigmoid(logit.abs_() if fold else logit).float()
 
-# %% ../nbs/00_core.ipynb #cd75708a
+# %% ../nbs/00_core.ipynb #01948553
 def draw_rotation(
     n:int, # Number of items, at least 2
     generator:torch.Generator|None=None, # On the CPU; `None` is torch's global one
@@ -95,7 +96,7 @@ def partners(
     "`x` with each row replaced by its partner's"
     return x.roll(-perm, dim) if isinstance(perm, int) else x.index_select(dim, perm.to(x.device))
 
-# %% ../nbs/00_core.ipynb #20a0ff1c
+# %% ../nbs/00_core.ipynb #86211442
 def align(
     lam:Tensor, # One weight per row, shape (n,)
     x:Tensor, # The tensor whose rows are weighted
@@ -107,27 +108,74 @@ def align(
     dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
     return lam.to(device=x.device, dtype=dtype, non_blocking=True).view(shape)
 
-def _blend(x, lam, perm, dim):
+def _halves(n, k): return (0, k, n-k),(n-k, 0, k) # first row, first partner, number of rows
+
+def _rotate(x, lam, k, dim, out):
+    for row,partner,n in _halves(x.shape[dim], k):
+        torch.lerp(x.narrow(dim, partner, n), x.narrow(dim, row, n), lam.narrow(dim, row, n), out=out.narrow(dim, row, n))
+    return out
+
+class _BlendRotated(torch.autograd.Function):
+    "`x` blended with its rotation; the gradient of a row comes from itself and from the row whose partner it is"
+    @staticmethod
+    def forward(ctx, x, lam, k, dim):
+        ctx.save_for_backward(lam)
+        ctx.k,ctx.dim = k,dim
+        return _rotate(x, lam, k, dim, torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx, g):
+        (lam,),k,dim = ctx.saved_tensors,ctx.k,ctx.dim
+        if torch.is_grad_enabled(): return g*lam + (g*(1-lam)).roll(k, dim), None, None, None
+        out,rest = g*lam,1-lam
+        for row,partner,n in _halves(g.shape[dim], k):
+            out.narrow(dim, partner, n).addcmul_(g.narrow(dim, row, n), rest.narrow(dim, row, n))
+        return out, None, None, None
+
+def _blend(x, lam, perm, dim, out=None):
     if x.is_complex(): return torch.view_as_complex(_blend(torch.view_as_real(x), lam, perm, dim % x.ndim))
     lam = align(lam, x, dim)
     if lam.dtype != x.dtype: return _blend(x.to(lam.dtype), lam.flatten(), perm, dim).to(x.dtype)
-    if isinstance(perm, Tensor) or (x.requires_grad and torch.is_grad_enabled()): return torch.lerp(partners(x, perm, dim), x, lam)
-    out,split = torch.empty_like(x), x.shape[dim]-perm
-    for at,other,n in (0, perm, split), (split, 0, perm):
-        torch.lerp(x.narrow(dim, other, n), x.narrow(dim, at, n), lam.narrow(dim, at, n), out=out.narrow(dim, at, n))
-    return out
+    if isinstance(perm, Tensor): return torch.lerp(partners(x, perm, dim), x, lam)
+    if x.requires_grad and torch.is_grad_enabled(): return _BlendRotated.apply(x, lam, perm, dim)
+    return _rotate(x, lam, perm, dim, torch.empty_like(x) if out is None else out.like(x))
 
 def blend(
     x:Tensor, # Floating point or complex, with n rows along `dim`
     lam:Tensor, # Weight of each row itself, in [0, 1], shape (n,); its partner has 1-lam
     perm:int|Tensor, # A rotation, or the index of each row's partner, shape (n,)
     dim:int=0, # The batch dimension of `x`
+    out:'Reused|None'=None, # Memory to use again where that is safe
 )->Tensor: # Shape, dtype, memory format and type of `x`
     "The weighted average of each row of `x` and its partner ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412), eq. 1)"
-    with torch._C.DisableTorchFunctionSubclass(): out = _blend(x.as_subclass(Tensor), lam, perm, dim)
-    return retain_type(out, x)
+    if type(x) is Tensor: return _blend(x, lam, perm, dim, out)
+    with torch._C.DisableTorchFunctionSubclass(): res = _blend(x.as_subclass(Tensor), lam, perm, dim, out)
+    return retain_type(res, x)
 
-# %% ../nbs/00_core.ipynb #1e270915
+# %% ../nbs/00_core.ipynb #6471b2ad
+_holders = getattr(torch._C, '_storage_Use_Count', None)
+
+class Reused:
+    "Hands out one piece of memory again and again, unless somebody still holds it"
+    def __init__(self): self.kept = self.alone = None
+
+    def _count(self): return _holders(self.kept.untyped_storage()._cdata)
+
+    def _fits(self, x):
+        k = self.kept
+        return k is not None and (k.shape, k.dtype, self.stride) == (x.shape, x.dtype, x.stride())
+
+    def like(self,
+        x:Tensor, # What the memory is for
+    )->Tensor: # Uninitialised, as `torch.empty_like(x)`
+        "A tensor like `x` over memory that nobody holds"
+        if _holders is None or x.device.type != 'cpu': return torch.empty_like(x)
+        if not (self._fits(x) and self._count() == self.alone):
+            self.kept = torch.empty_like(x)
+            self.stride,self.alone = x.stride(),self._count()
+        return self.kept.detach()
+
+# %% ../nbs/00_core.ipynb #2b5cdd37
 class Plan:
     "One draw for one batch: row `i` keeps `lam[i]` of itself and takes the rest from row `perm[i]`"
     def __init__(self,
@@ -141,7 +189,7 @@ class Plan:
     @property
     def index(self): return perm_index(self.perm, len(self), self.lam.device)
 
-    def blend(self, x, dim=0): return blend(x, self.lam, self.perm, dim)
+    def blend(self, x, dim=0, out=None): return blend(x, self.lam, self.perm, dim, out)
     def partners(self, x, dim=0): return partners(x, self.perm, dim)
 
 def draw_plan(
@@ -156,7 +204,7 @@ def draw_plan(
     lam = draw_lam(alpha, n if per == 'item' else 1, fold, generator)
     return Plan(lam.to(device, non_blocking=True).expand(n), draw_rotation(n, generator))
 
-# %% ../nbs/00_core.ipynb #b816e0dc
+# %% ../nbs/00_core.ipynb #19d5b35e
 def map_leaves(
     f:callable, # Called as `f(leaf, path)`; its result takes the place of the leaf
     o, # A tensor, or tuples, lists and mappings of such, nested at will

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/inputs.html.md"""
 # %% auto #0
 __all__ = ['MixedIndex', 'input_names', 'check_inputs_option', 'InputMixer']
 
-# %% ../nbs/03_inputs.ipynb #ba4a03e3
+# %% ../nbs/03_inputs.ipynb #f9db7bc3
 import inspect
 
 import torch
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from fastai.vision.core import TensorPoint
 from torch import Tensor, nn
 
-from .core import Plan, leaves, map_leaves
+from .core import Plan, Reused, leaves, map_leaves
 
-# %% ../nbs/03_inputs.ipynb #4124748d
+# %% ../nbs/03_inputs.ipynb #121248cd
 _REARRANGE = set('''__getitem__ __get__ T t transpose swapaxes swapdims permute movedim moveaxis view view_as reshape reshape_as flatten ravel unflatten
     squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave narrow select index_select take_along_dim gather masked_select
     split tensor_split chunk unbind unfold diagonal flip fliplr flipud roll rot90 cat concat concatenate stack hstack vstack dstack pad _pad
@@ -119,7 +119,7 @@ class MixedIndex(Tensor):
         partner = func(*_swap(args, lambda v: v.partner), **_swap(kwargs, lambda v: v.partner))
         return torch.lerp(partner, own, self.lam.to(own.dtype))
 
-# %% ../nbs/03_inputs.ipynb #828c4782
+# %% ../nbs/03_inputs.ipynb #ddfd8e54
 def _index_of(args, kwargs, name):
     at = {'embedding': 0, 'embedding_bag': 0, '__getitem__': 1, 'index_select': 2}[name]
     return args[at] if len(args) > at else kwargs.get('input' if at == 0 else 'index')
@@ -144,7 +144,7 @@ def _bag(func, args, kwargs):
 
 _LOOKUPS = dict(embedding=_embedding, embedding_bag=_bag, __getitem__=_getitem, index_select=_index_select)
 
-# %% ../nbs/03_inputs.ipynb #f297701e
+# %% ../nbs/03_inputs.ipynb #35a6f2e0
 def input_names(
     model, # A module; the names come from the arguments of its `forward`
     n:int, # Number of inputs
@@ -188,6 +188,7 @@ class InputMixer:
         self.inputs = check_inputs_option(inputs)
         if self.inputs is not None: self._check_found(xb)
         self.additive_masks = {path for x,path in leaves(xb) if isinstance(x, Tensor) and _is_additive_mask(x)}
+        self.memory = {}
         self(xb, Plan(torch.ones(n), 1))
 
     def _known_as(self, path): return {path[0], self.names[path[0]], *(k for k in path[1:] if isinstance(k, str))}
@@ -209,7 +210,7 @@ class InputMixer:
         if x.layout != torch.strided or x.ndim == 0 or len(x) != len(plan): raise ValueError(
             f"{label} has shape {tuple(x.shape)} ({x.layout}), but mixing needs a dense tensor with one row for each of the {len(plan)} items, "
             "items first. Choose the others by `inputs=`.")
-        return plan.blend(x) if number else MixedIndex.start(x, plan)
+        return plan.blend(x, out=self.memory.setdefault(path, Reused())) if number else MixedIndex.start(x, plan)
 
     def __call__(self,
         xb:tuple, # The inputs of a batch

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/07_manifold.ipynb #b9e89f3e
+# %% ../nbs/07_manifold.ipynb #1eebf0de
 import random
 import sys
 import threading
@@ -29,7 +29,7 @@ from .core import Plan, check_choice, leaves, map_leaves, private_generator
 from .cuts import Cut, choose_cuts, find_cuts
 from .targets import _is
 
-# %% ../nbs/07_manifold.ipynb #18ae37b6
+# %% ../nbs/07_manifold.ipynb #0c7d5adb
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -59,20 +59,20 @@ def _get_no_hook(): return _no_hook
 class ArmedLayer:
     "Mixes the output of one layer, in one batch"
     def __init__(self,
-        learn:Learner, # The Learner that is about to run the batch
+        owner:MixCallback, # Whose Learner is about to run the batch
         cut:Cut, # The layer
         plan:Plan, # Who is mixed with whom
     ):
-        self.learn,self.cut,self.plan,self.calls = weakref.ref(learn),cut,plan,0
+        self.owner,self.cut,self.plan,self.calls = weakref.ref(owner),cut,plan,0
         self.handle = cut.module.register_forward_hook(self)
 
     def __reduce__(self): return _get_no_hook, ()
 
     def __call__(self, module, args, out):
-        learn,again = self.learn(),_in_backward()
-        if learn is None or not _in_batch(learn): return self.disarm()
-        if not again:
-            if not _answering(learn): return
+        owner = self.owner()
+        if owner is None or owner.armed is not self or owner.learn is None or not _in_batch(owner.learn): return self.disarm()
+        if not _in_backward():
+            if not _answering(owner.learn): return
             self.calls += 1
         dims = self.cut.dims[(self.calls-1) % len(self.cut.dims)]
         return map_leaves(lambda o,path: self._mix(o, dims[path]) if path in dims else o, out)
@@ -92,7 +92,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/07_manifold.ipynb #fe23b30f
+# %% ../nbs/07_manifold.ipynb #4ce48c1e
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -141,7 +141,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/07_manifold.ipynb #a769b96f
+# %% ../nbs/07_manifold.ipynb #ae18b0a6
 class ManifoldMixUpCallback(MixCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__)
@@ -172,7 +172,7 @@ class ManifoldMixUpCallback(MixCallback):
         if self.places is None: self._find_places(self.learn.xb, len(self.plan))
         self.place = self.kept_place if self.kept is not None and self.plan is self.kept else self._draw_place()
         if self.place == 'input': self.mix_inputs()
-        elif self.place != 'output': self.armed = ArmedLayer(self.learn, self.place, self.plan)
+        elif self.place != 'output': self.armed = ArmedLayer(self, self.place, self.plan)
 
     def check_mixed(self):
         "The once law: what was to be mixed, was, and once"

@@ -1,4 +1,5 @@
 "Notebooks, package, README and configuration agree"
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ root = Path(__file__).resolve().parent.parent
 
 
 def run(*command, cwd): return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def tool(name): return str(Path(sys.executable).parent/name)
 
 
 @pytest.fixture(scope='module')
@@ -26,13 +28,13 @@ def contents(folder, pattern): return {p.name: p.read_text(encoding='utf-8') for
 
 
 def test_package_is_exported_from_the_notebooks(clone):
-    result = run('nbdev-export', cwd=clone)
+    result = run(tool('nbdev-export'), cwd=clone)
     assert result.returncode == 0, result.stderr
     assert contents(clone/'fastai_mixup', '*.py') == contents(root/'fastai_mixup', '*.py')
 
 
 def test_notebooks_are_clean(clone):
-    assert run('nbdev-clean', cwd=clone).returncode == 0
+    assert run(tool('nbdev-clean'), cwd=clone).returncode == 0
     assert contents(clone/'nbs', '*.ipynb') == contents(root/'nbs', '*.ipynb')
 
 
@@ -42,7 +44,6 @@ def test_readme_is_written_from_the_index():
 
 
 def test_readme_links_exist():
-    import re
     links = re.findall(r'\]\((?!https?:)([^)#]+)\)', (root/'README.md').read_text(encoding='utf-8'))
     assert links and all((root/link).exists() for link in links)
 

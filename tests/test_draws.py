@@ -1,0 +1,81 @@
+"Who is mixed with whom and how much: the right distributions, repeatable, and without a trace in torch's own random stream."
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.basics import DataLoader
+from fastai.losses import CrossEntropyLossFlat
+from scipy import stats
+
+from fastai_mixup.all import *
+from fastai_mixup.core import draw_lam
+from oracle import BS, N, Net, batches, fit, learner
+
+EYE,Y = torch.eye(N),torch.arange(N) % 5
+
+def pages(mix, n):
+    torch.manual_seed(0)
+    return fit(learner(batches((EYE,), (Y,)), CrossEntropyLossFlat(), Net(), mix), n)
+
+def lams(mix, n):
+    "The weight of each item itself, batch by batch"
+    return [page.M[range(len(page.M)), page.ids] for page in pages(mix, n)]
+
+@pytest.mark.parametrize('p', [0., .3, 1.])
+def test_share_of_mixed_batches(p):
+    mixed = [bool((lam < 1).any()) for lam in lams(MixUp(1., p=p), 40)]
+    assert stats.binomtest(sum(mixed), len(mixed), p).pvalue > 1e-3
+
+def test_fold():
+    assert min(lam.min() for lam in lams(MixUp(1.), 5)) >= .5
+    assert min(lam.min() for lam in lams(MixUp(1., fold=False), 5)) < .2
+
+@pytest.mark.parametrize('per', ['item', 'batch'])
+def test_per(per): assert all((lam == lam[0]).all() == (per == 'batch') for lam in lams(MixUp(1., per=per), 3))
+
+def test_partners_are_uniform():
+    full = [page for page in pages(MixUp(1.), 100) if len(page.ids) == BS]
+    counts = sum((page.M[:,page.ids] > 0).long() for page in full)
+    assert all(stats.chisquare([o for o in row if o < len(full)]).pvalue > 1e-4 for row in counts.tolist())
+
+@pytest.mark.parametrize('alpha', [1e-9, 1e-4, .1, 1, 100, 1e6, 1e9])
+@pytest.mark.parametrize('fold', [False, True])
+def test_lam_follows_beta(alpha, fold):
+    lam = draw_lam(alpha, 4000, fold, torch.Generator().manual_seed(0)).numpy()
+    beta = stats.beta(alpha, alpha).rvs(40000, random_state=0)
+    assert stats.ks_2samp(lam, (beta.clip(1-beta) if fold else beta).astype('float32')).pvalue > 1e-3
+
+def test_lam_in_training_follows_beta():
+    assert stats.kstest(torch.cat(lams(MixUp(.4, fold=False), 60)).numpy(), stats.beta(.4, .4).cdf).pvalue > 1e-3
+
+class Dropped(Net):
+    masks = ()
+    def forward(self, x):
+        pred = super().forward(x)
+        self.masks = [*self.masks, F.dropout(torch.ones_like(pred))]
+        return pred*self.masks[-1]
+
+def squared(p, y): return F.cross_entropy(p, y)**2
+def with_reduction(p, y, reduction='mean'): return F.cross_entropy(p, y, reduction=reduction)/2
+
+def shuffled(mix, cls, loss_func=CrossEntropyLossFlat(), seed=0):
+    random.seed(seed)
+    torch.manual_seed(seed)
+    learn = learner(cls(list(zip(EYE, Y)), BS, shuffle=True), loss_func, Dropped(), mix)
+    return fit(learn, 3),learn.model
+
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), squared, with_reduction], ids=['flat', 'own', 'reduction'])
+@pytest.mark.parametrize('cls', [torch.utils.data.DataLoader, DataLoader], ids=['torch', 'fastai'])
+def test_data_order_and_dropout(cls, loss_func):
+    (mixed,net),(unmixed,plain) = (shuffled(mix, cls, loss_func) for mix in (MixUp(1.), []))
+    assert not torch.equal(net.head.weight, plain.head.weight)
+    torch.testing.assert_close([net.masks, [p.yb for p in mixed]], [plain.masks, [p.yb for p in unmixed]], rtol=0, atol=0)
+
+def test_seed():
+    a,b,c = (shuffled(MixUp(1.), torch.utils.data.DataLoader, seed=seed)[1].head.weight for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+def test_generator():
+    a,b,c = (torch.cat(lams(MixUp(1., generator=torch.Generator().manual_seed(seed)), 2)) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
