@@ -7,12 +7,12 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/losses.html.md"""
 # %% auto #0
 __all__ = ['reduce_loss', 'cross_entropy']
 
-# %% ../nbs/01_losses.ipynb #95e427f7
+# %% ../nbs/01_losses.ipynb #c383b559
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/01_losses.ipynb #165b5cba
+# %% ../nbs/01_losses.ipynb #6ffc90fb
 class _SparseTargetCE(torch.autograd.Function):
     "`-sum_c t_c * log_softmax(pred)_c` per row, for `t` = `coef` at the classes `idx` + `smooth` * `weight` everywhere"
     @staticmethod
@@ -50,7 +50,7 @@ def _gather(logp, axis, idx):
         found = f"from {idx.min()} to {idx.max()}"
         raise IndexError(f"Targets must be class indices from 0 to {logp.shape[axis]-1} (or `ignore_index`), got {found}") from None
 
-# %% ../nbs/01_losses.ipynb #073befb1
+# %% ../nbs/01_losses.ipynb #9011815d
 def reduce_loss(
     loss:Tensor, # Loss of each element
     reduction:str, # 'mean', 'sum' or 'none'
@@ -62,7 +62,8 @@ def reduce_loss(
     if reduction == 'sum': return loss.sum()
     if weight is None: return loss.mean()
     total = weight.sum()
-    return loss.sum() / (total.where(total != 0, 1) if empty_is_zero else total)
+    mean = loss.sum() / total.where(total != 0, 1)
+    return mean if empty_is_zero else mean.masked_fill(total == 0, torch.nan)
 
 def _check_weight(weight, n):
     if weight.shape != (n,): raise ValueError(f"weight must hold one number per class, shape ({n},), got shape {tuple(weight.shape)}")
@@ -87,7 +88,7 @@ def cross_entropy(
         valid = idx != ignore_index
         idx = idx.where(valid, 0)
         share = valid.to(torch.promote_types(pred.dtype, torch.float32))
-        if lam is not None: share = share * torch.stack([lam, 1-lam], axis)
+        if lam is not None: share = share * torch.stack([lam, 1-lam.to(share.dtype)], axis)
         if weight is not None: weight = _check_weight(weight, pred.shape[axis]).to(share.dtype)
         used = share if weight is None else share*weight[idx]
         smooth,shaped = None,None

@@ -11,6 +11,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.core import TensorImage
 
 from fastai_mixup.all import ManifoldMixUp, MixUp
+from fastai_mixup.callback import MixCallback
 
 torch.set_num_threads(1)
 
@@ -80,7 +81,7 @@ class Oracle(Callback):
         if not self.targets: return
         pred,said,loss = self.learn.pred,self.said.double(),self.learn.loss_grad.mean()
         M = self.model.seen.x[:, self.numbers].float()
-        if not torch.equal(pred, said): M = (pred.detach().double() @ torch.linalg.pinv(said)).float() @ M
+        if not torch.equal(pred.double(), said): M = (pred.detach().double() @ torch.linalg.pinv(said)).float() @ M
         want = matrix_loss(M, pred, self.targets[0])
         grad = lambda o: torch.autograd.grad(o, self.model.head.weight, retain_graph=True)[0] if self.training else None
         self.pages.append(Page(self.training, M, loss.detach(), want.detach(), grad(loss), grad(want)))
@@ -135,7 +136,12 @@ def learner(kind, cbs=(), model=None, data=None, mix=True, **kwargs):
     cbs = [Oracle(), *([KINDS[kind]()] if mix else []), *L(cbs)]
     return quiet(Learner(dls, model or Net(kind == 'integers'), cbs=cbs, **kwargs))
 
-def mixer(learn): return next(cb for cb in learn.cbs if isinstance(cb, MixUp.__mro__[1]))
+@pytest.fixture
+def real(tmp_path):
+    "Like `learner`, over fastai `DataLoaders`"
+    return lambda kind, *args, **kwargs: learner(kind, *args, data=datasets(kind), path=tmp_path, **kwargs)
+
+def mixer(learn): return next(cb for cb in learn.cbs if isinstance(cb, MixCallback))
 
 def hooks(model): return [h for m in model.modules() for h in m._forward_hooks.values()]
 

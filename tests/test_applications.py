@@ -11,13 +11,14 @@ from fastai.data.all import CategoryBlock, ColReader, DataBlock, DataLoader, Dat
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.text.all import AWD_LSTM, LMDataLoader, TextBlock, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
-from fastai.vision.all import (BBoxBlock, BBoxLblBlock, F, ImageBlock, Learner, MaskBlock, PILImage, PointBlock, aug_transforms, imagenet_stats,
+from fastai.vision.all import (BBoxBlock, BBoxLblBlock, F, ImageBlock, Learner, MaskBlock, PointBlock, SGD, aug_transforms, imagenet_stats,
     nn, resnet18, unet_learner, vision_learner, xresnet18)
 from fastai.vision.all import Normalize as NormalizeImages
 from PIL import Image
 
 from fastai_mixup.all import LabelSmoothingCE, ManifoldMixUp, MixUp
 from apps import Before, Spy, close, mixed_ce, mixed_targets, mixed_tokens, mixing_matrix, places, plain, quiet, was_mixed
+from nets import Seq2Seq
 
 N,BS,TRAIN = 30,5,25
 rng = np.random.default_rng(0)
@@ -61,7 +62,7 @@ def masks(path, void=None):
         return np.where(y == 2, void, y).astype(np.uint8) if void else y
     dls = image_dls(path, MaskBlock(codes=list('abc')), mask)
     loss_func = CrossEntropyLossFlat(axis=1, ignore_index=void or -100)
-    return app(unet_learner(dls, resnet18, pretrained=False, n_out=3, loss_func=loss_func), 'layers.0.0', mixed_ce(void or -100), path/'00_0.png')
+    return app(unet_learner(dls, resnet18, pretrained=False, n_out=3, loss_func=loss_func, opt_func=SGD), 'layers.0.0', mixed_ce(void or -100), path/'00_0.png')
 
 def masks_with_void(path): return masks(path, void=255)
 
@@ -137,6 +138,8 @@ def volumes(path):
     model = nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 3))
     return tensors(path, torch.randn(N, 1, 7, 8, 9), model, '0')
 
+def seq2seq(path): return tensors(path, torch.randint(3, 40, (N, 7)), Seq2Seq(), 'encode decode')
+
 class Logits(nn.Module):
     def __init__(self, model, keywords=True):
         super().__init__()
@@ -161,7 +164,7 @@ def transformer(kind='Bert', keywords=True, **kwargs):
 APPS = dict(resnet=resnet, xresnet=xresnet, multi_label=multi_label, image_regression=image_regression, masks=masks, masks_with_void=masks_with_void,
     siamese=siamese, table=table(True, True), table_cont=table(False, True), table_cat=table(True, False), table_regression=table(True, True, True),
     table_cont_regression=table(False, True, True), table_cat_regression=table(True, False, True), collab=collab(False), collab_nn=collab(True),
-    texts=texts, short_texts=lambda path: texts(path, [5+i for i in range(N)]), language=language, signals=signals, volumes=volumes,
+    texts=texts, short_texts=lambda path: texts(path, [5+i for i in range(N)]), language=language, seq2seq=seq2seq, signals=signals, volumes=volumes,
     bert=transformer(), bert_positional=transformer(keywords=False), bert_eager=transformer(attn_implementation='eager'), deberta=transformer('DebertaV2'))
 NO_HIDDEN = 'collab'
 CALLBACKS = dict(mix_up=MixUp, manifold=ManifoldMixUp)

@@ -73,8 +73,14 @@ def test_data_order_and_dropout(cls, loss_func):
     torch.testing.assert_close([net.masks, [p.yb for p in mixed]], [plain.masks, [p.yb for p in unmixed]], rtol=0, atol=0)
 
 def test_seed():
-    a,b,c = (shuffled(MixUp(1.), torch.utils.data.DataLoader, seed=seed)[1].head.weight for seed in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    fits = [shuffled(MixUp(1.), torch.utils.data.DataLoader, seed=seed) for seed in (0, 0, 1)]
+    (a,net_a),(b,net_b),(c,_) = ((torch.cat([p.M.max(1).values for p in mixed]), net.head.weight) for mixed,net in fits)
+    assert torch.equal(a, b) and torch.equal(net_a, net_b) and not torch.equal(a, c)
+
+def test_each_fit_draws_anew():
+    torch.manual_seed(0)
+    learn = learner(torch.utils.data.DataLoader(list(zip(EYE, Y)), BS), CrossEntropyLossFlat(), Net(), MixUp(1.))
+    assert not torch.equal(fit(learn)[0].M, fit(learn)[0].M)
 
 def test_generator():
     a,b,c = (torch.cat(lams(MixUp(1., generator=torch.Generator().manual_seed(seed)), 2)) for seed in (1, 1, 2))

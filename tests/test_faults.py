@@ -1,7 +1,9 @@
 "Whatever is raised, wherever: the Learner is left as without the callback, and can be trained again."
+import sys
 from functools import cache, wraps
 
 import pytest
+import torch
 import torch.nn.functional as F
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
     CancelStepException, CancelTrainException, CancelValidException, event)
@@ -141,3 +143,33 @@ def test_inner_fault(place, nth, exc, kind):
     for page in learn.oracle.take(): check_page(page, mixed=page.training)
     check_by_hand(learn, kind)
     refit(learn)
+
+class InterruptOurs:
+    "Ctrl-C at the `nth` line of our own code that runs in this block"
+    def __init__(self, nth=None): self.nth,self.n = nth,0
+    def __enter__(self):
+        self.old = sys.gettrace()
+        sys.settrace(self.enter)
+        return self
+    def __exit__(self, *args):
+        sys.settrace(self.old)
+        torch.set_grad_enabled(True) # between the last line of a `with` block and its exit, nobody can catch a Ctrl-C
+        torch._C._set_torch_function_state(torch._C._TorchFunctionState.ENABLED)
+    def enter(self, frame, *args): return self.line if frame.f_globals.get('__package__') == 'fastai_mixup' else None
+    def line(self, frame, what, *args):
+        self.n += what == 'line'
+        if self.n == self.nth:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return self.line
+
+@each_kind
+def test_interrupt_at_any_line(kind):
+    learn = learner(kind)
+    with InterruptOurs() as lines: learn.fit(1)
+    for nth in range(1, lines.n, 11):
+        learn = learner(kind)
+        with pytest.raises(KeyboardInterrupt), InterruptOurs(nth): learn.fit(1)
+        learn.oracle.take()
+        check_by_hand(learn, kind)
+        refit(learn)

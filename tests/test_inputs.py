@@ -83,7 +83,6 @@ INTS = dict(
     offsets=((tokens(2),), lambda t,x: t(x + torch.tensor([0, N])).sum(1)),
     broadcast=((COLUMN,), lambda t,x: t(x + torch.tensor([0, N, N])).sum(1)),
     broadcast_too=((COLUMN,), lambda t,x: (t(x)[:,0] + t(x + torch.tensor([0, N, N])).sum(1))/2),
-    ngrams_too=((T,), lambda t,x: (t(x).mean(1) + t(x.unfold(1, 2, 1).sum(-1)//2).mean(1))/2),
     sorted=((T,), lambda t,x: t(x.sort(1).values).mean(1)),
     cat_inputs=((IDS, T), lambda t,a,b: t(torch.cat([a[:,None], b], 1)).mean(1)),
     modulo=((IDS + 7*N,), lambda t,x: t(x % N)),
@@ -226,6 +225,11 @@ def test_refused_target(y):
 
 def test_nothing_to_mix():
     with pytest.raises(REFUSED, match='Input'): run((EYE.bool(),), lambda x: x.float())
+
+UNFOLLOWED = dict(ngrams=lambda t,x: t(x.unfold(1, 2, 1).sum(-1)//2), largest=lambda t,x: t(x.max(1).values)[:,None], smallest=lambda t,x: t(x.amin(1))[:,None])
+@pytest.mark.parametrize('name', UNFOLLOWED)
+def test_what_cannot_be_followed_is_refused(name):
+    with pytest.raises(REFUSED, match="Input 0.*inputs"): run((T,), Embed(lambda t,x: (t(x).mean(1) + UNFOLLOWED[name](t, x).mean(1))/2))
 
 def test_bag_with_offsets_is_refused():
     with pytest.raises(REFUSED, match='(?i)embedding.?bag'): run((IDS, IDS % BS), Embed(lambda t,x,o: t(x, o), nn.EmbeddingBag))

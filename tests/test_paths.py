@@ -1,142 +1,20 @@
 "The path law by value: a place holds all that the prediction knows of the inputs, and what is mixed there is all that is mixed."
 import random
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torchvision.models as tv
 from fastai.basics import Callback, CancelBatchException, DataLoaders, Learner, SGD, Tensor, nn
-from fastai.collab import EmbeddingDotBias, EmbeddingNN
-from fastai.tabular.all import TabularModel
-from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config, get_language_model, get_text_classifier
-from fastai.text.models.awdlstm import EmbeddingDropout, WeightDropout
-from fastai.vision.all import DynamicUnet, create_body, xresnet18
-from torch.utils.checkpoint import checkpoint
+from fastai.collab import EmbeddingDotBias
 
 from apps import close, floats, quiet
 from fastai_mixup.all import ManifoldMixUp
-from fastai_mixup.core import leaves, map_leaves
+from fastai_mixup.core import map_leaves
 from fastai_mixup.cuts import find_cuts
+from nets import BS, NETS, Checkpointed, Encoder, blocks, build, ragged, steady, text_classifier, tokens, vectors
 
-BS = 6
-def images(size=64): return torch.randn(BS, 3, size, size),
-def tokens(n=9): return torch.randint(2, 40, (BS, n)),
-def vectors(n=8): return torch.randn(BS, n),
-
-def classifier(arch, **kwargs): return arch(weights=None, num_classes=4, **kwargs)
-
-class Encoder(nn.Module):
-    def __init__(self, batch_first):
-        super().__init__()
-        self.batch_first,self.emb,self.head = batch_first,nn.Embedding(40, 16),nn.Linear(16, 3)
-        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0., batch_first=batch_first), 3, enable_nested_tensor=False)
-    def forward(self, x): return self.head(self.layers(self.emb(x if self.batch_first else x.T)).mean(int(self.batch_first)))
-
-class Recurrent(nn.Module):
-    "What it says depends on the outputs and on the hidden state"
-    def __init__(self, cls):
-        super().__init__()
-        self.emb,self.rnn,self.head = nn.Embedding(40, 16),cls(16, 12, 2),nn.Linear(24, 3)
-    def forward(self, x):
-        out,h = self.rnn(self.emb(x).transpose(0, 1))
-        return self.head(torch.cat([out.mean(0), (h[0] if isinstance(h, tuple) else h)[0]], 1))
-
-class Packed(Recurrent):
-    def forward(self, x):
-        packed = nn.utils.rnn.pack_padded_sequence(self.emb(x), torch.arange(len(x))+2, batch_first=True, enforce_sorted=False)
-        return self.head(self.rnn(packed)[1][0].transpose(0, 1).flatten(1))
-
-class AsDict(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a,self.b = nn.Linear(8, 8),nn.Linear(8, 8)
-    def forward(self, x): return dict(twice=[self.a(x), self.b(x)], mask=x[:,0] > -9, n=3)
-
-class DictNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.block,self.head = AsDict(),nn.Linear(8, 3)
-    def forward(self, x):
-        o = self.block(x)
-        return self.head((o['twice'][0]*o['twice'][1]).where(o['mask'][:,None], 0)/o['n'])
-
-class Twins(nn.Module):
-    "One encoder called twice, each on half of the input"
-    def __init__(self):
-        super().__init__()
-        self.encoder,self.head = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 5)),nn.Linear(10, 3)
-    def forward(self, x): return self.head(torch.cat([self.encoder(x[:,:4]), self.encoder(x[:,4:]).relu_()], 1))
-
-class Tied(nn.Module):
-    "One activation and one layer that come again and again, in place, and the output tied to the embedding"
-    def __init__(self):
-        super().__init__()
-        self.emb,self.a,self.again,self.act,self.out = nn.Embedding(40, 8),nn.Linear(8, 8),nn.Linear(8, 8),nn.ReLU(inplace=True),nn.Linear(8, 40)
-        self.out.weight = self.emb.weight
-    def forward(self, x):
-        x = self.act(self.a(self.emb(x)))
-        for _ in range(2): x = self.act(self.again(x)).add_(x)
-        return self.out(x)
-
-class Checkpointed(nn.Sequential):
-    on = True
-    def forward(self, x):
-        for block in self[:-1]: x = checkpoint(block, x, use_reentrant=False) if self.on and self.training else block(x)
-        return self[-1](x)
-
-def blocks(): return [nn.Sequential(nn.Linear(8, 8), nn.Dropout(.3), nn.ReLU(inplace=True), nn.Linear(8, 8)) for _ in range(3)]
-def frozen(model):
-    for p in list(model.parameters())[:-2]: p.requires_grad_(False)
-    return model
-def text_classifier():
-    return get_text_classifier(AWD_LSTM, 40, 3, seq_len=8, config={**awd_lstm_clas_config, 'emb_sz': 8, 'n_hid': 10, 'n_layers': 2})
-def ragged():
-    x, = tokens(20)
-    for i,n in (2, 8), (3, 8), (5, 16): x[i,:n] = 1
-    return x[[0, 1, 4, 2, 3, 5]],
-def language_model(): return get_language_model(AWD_LSTM, 40, config={**awd_lstm_lm_config, 'emb_sz': 8, 'n_hid': 10, 'n_layers': 2})
-def timm_model(name, **kwargs): return pytest.importorskip('timm').create_model(name, num_classes=4, **kwargs)
-
-NETS = dict(
-    resnet18=(partial(classifier, tv.resnet18), images), xresnet18=(partial(xresnet18, n_out=4), images), densenet121=(partial(classifier, tv.densenet121), images),
-    vit_b_16=(partial(classifier, tv.vit_b_16, image_size=32), partial(images, 32)), convnext_tiny=(partial(classifier, tv.convnext_tiny), images),
-    efficientnet_b0=(partial(classifier, tv.efficientnet_b0), images),
-    googlenet=(partial(classifier, tv.googlenet, aux_logits=True, init_weights=False), images),
-    deeplab=(partial(tv.segmentation.deeplabv3_mobilenet_v3_large, weights=None, weights_backbone=None, num_classes=4, aux_loss=True), images),
-    unet=(lambda: DynamicUnet(create_body(tv.resnet18(), pretrained=False), 3, (64, 64)), images),
-    timm_vit=(partial(timm_model, 'vit_tiny_patch16_224', img_size=64), images),
-    timm_swin=(partial(timm_model, 'swin_tiny_patch4_window7_224', img_size=64, window_size=2, embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 2)), images),
-    timm_mixer=(partial(timm_model, 'mixer_s32_224'), partial(images, 224)), timm_convnext=(partial(timm_model, 'convnext_atto'), images),
-    table=(lambda: TabularModel([(40, 4), (40, 3)], 8, 2, [20, 10]), lambda: (*tokens(2), *vectors())),
-    table_cat=(lambda: TabularModel([(40, 4), (40, 3)], 0, 2, [20, 10]), lambda: (*tokens(2), torch.empty(BS, 0))),
-    collab_nn=(lambda: EmbeddingNN([(40, 5), (40, 4)], [20]), partial(tokens, 2)),
-    awd_lstm=(text_classifier, ragged), awd_lstm_short=(text_classifier, partial(tokens, 7)), language=(language_model, tokens),
-    encoder=(partial(Encoder, True), tokens), encoder_steps_first=(partial(Encoder, False), tokens),
-    gru=(partial(Recurrent, nn.GRU), tokens), lstm=(partial(Recurrent, nn.LSTM), tokens), packed=(partial(Packed, nn.LSTM), tokens),
-    dicts=(DictNet, vectors), twins=(Twins, vectors), tied=(Tied, tokens), checkpointed=(lambda: Checkpointed(*blocks(), nn.Linear(8, 3)), vectors),
-    frozen=(lambda: frozen(classifier(tv.resnet18)), images), frozen_table=(lambda: frozen(TabularModel([(40, 4)], 8, 2, [20, 10])), lambda: (*tokens(1), *vectors())))
 SMALL = 'resnet18 densenet121 googlenet deeplab unet timm_swin table awd_lstm language encoder lstm packed dicts twins tied checkpointed'.split()
-
-def steady(model):
-    "Training mode, in which batch norm and dropout do nothing that depends on other items or on chance"
-    model.train()
-    for m in model.modules():
-        if not any(m.children()) or isinstance(m, (EmbeddingDropout, WeightDropout)): m.eval()
-    return model
-
-def build(name):
-    torch.manual_seed(0)
-    net,inputs = NETS[name]
-    model,xb = net(),inputs()
-    for p in model.parameters():
-        if p.ndim > 1 and not p.any(): nn.init.normal_(p)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms: m.momentum = 1.
-    if norms:
-        with torch.no_grad(): model.train()(*xb)
-    return model,xb,inputs()
 
 def reset(model): getattr(model, 'reset', lambda: None)()
 
@@ -172,6 +50,12 @@ def mix(acts, plan):
         lam = plan.lam.view([-1 if d == dim else 1 for d in range(o.ndim)])
         return lam*o + (1-lam)*o.index_select(dim, plan.index)
     return [map_leaves(mix_one, o) for o in acts]
+
+def check_mixed(model, xb, other, plan, place, pred):
+    "Is `pred` what the rest of the model makes of activations that are mixed at `place`?"
+    if place == 'input': return same(run(model, mix(xb, plan), model)[0], pred)
+    acts = run(model, xb, place.module)[1]
+    same(run(model, other, place.module, mix(acts, plan))[0], pred)
 
 class Watch(Callback):
     "Makes the model steady and keeps how each batch was mixed, and the prediction; nothing is learned"
@@ -221,9 +105,7 @@ def test_mixing_at_a_place_is_the_rest_of_the_model_on_mixed_activations(name):
     learn.fit(1)
     steady(model)
     assert {place.module for _,place,_ in watch.pages} == {c.module for c in cuts}
-    for plan,place,pred in watch.pages[-3:]:
-        acts = run(model, xb, place.module)[1]
-        same(run(model, other, place.module, mix(acts, plan))[0], pred)
+    for page in watch.pages[-3:]: check_mixed(model, xb, other, *page)
 
 class Noisy(nn.Module):
     "Keeps state of all kinds, draws from all random streams, and can fail"
@@ -370,15 +252,18 @@ def test_once_law(name):
     change,message = ONCE[name]
     with pytest.raises(RuntimeError, match=message): learner(Repeat(), vectors(), mixed_at('layer'), Later(change), Watch(), n=3).fit(1)
 
+@pytest.mark.parametrize('seed', range(3))
 @pytest.mark.filterwarnings('ignore')
-def test_compiled_model_is_mixed_or_refused():
+def test_compiled_model_is_mixed_right_or_refused(seed):
+    torch._dynamo.reset()
+    torch.manual_seed(seed)
     (xb,other),model = (vectors(), vectors()),steady(chain())
-    learn = learner(torch.compile(model, backend='eager'), xb, mixed_at('0'), watch := Watch(), n=4)
+    learn = learner(torch.compile(model, backend='eager'), xb, ManifoldMixUp(1., layers=['0', '1']), watch := Watch(), n=6)
     try: learn.fit(1)
-    except RuntimeError as e: assert 'compiled' in str(e)
-    for plan,place,pred in watch.pages:
-        acts = run(model, xb, place.module)[1]
-        same(run(model, other, place.module, mix(acts, plan))[0], pred)
+    except RuntimeError as e:
+        assert 'train it uncompiled' in str(e)
+        watch.pages.pop()
+    for page in watch.pages: check_mixed(model, xb, other, *page)
 
 def test_data_parallel_is_refused():
     with pytest.raises(ValueError, match='DataParallel'): learner(nn.DataParallel(chain()), vectors(), ManifoldMixUp()).fit(1)
@@ -393,6 +278,23 @@ def test_checkpointing_trains_the_same_weights(layer):
         learner(model, xb, mixed_at(layer), n=4, loss_func=nn.CrossEntropyLoss(), y=torch.arange(BS)%3).fit(1, .1)
         weights.append(floats(model.state_dict()))
     same(*weights)
+
+class FixedBatch(Encoder):
+    "Keeps a hidden state of a fixed number of rows, as the language models of the fastai book do"
+    def __init__(self):
+        super().__init__(True)
+        self.rnn,self.h = nn.GRU(16, 16, batch_first=True),torch.zeros(1, BS, 16)
+    def forward(self, x):
+        out,h = self.rnn(self.emb(x), self.h)
+        self.h = h.detach()
+        return self.head(out.mean(1))
+    def reset(self): self.h = torch.zeros(1, BS, 16)
+
+def test_model_of_a_fixed_batch_size():
+    model,xb,other = FixedBatch(),tokens(),tokens()
+    cuts = default_cuts(model, xb)
+    assert cuts
+    for c in cuts: check_path(steady(model), xb, other, c.module)
 
 def test_places_hold_for_longer_texts_than_the_first():
     model,(short,),(long,) = text_classifier(),tokens(7),ragged()
