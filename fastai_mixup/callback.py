@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 # %% auto #0
 __all__ = ['MixUp', 'MixCallback', 'MixUpCallback']
 
-# %% ../nbs/05_callback.ipynb #00a37042
+# %% ../nbs/05_callback.ipynb #f93cf1fe
 import sys
 
 import torch
@@ -21,19 +21,13 @@ from .core import Plan, check_alpha, check_choice, check_number, draw_plan, leav
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #66ba09e6
+# %% ../nbs/05_callback.ipynb #7e50cc66
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
     if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != 'cpu'):
         raise TypeError(f"generator must be a `torch.Generator` on the CPU, got {generator!r}")
     return generator
-
-def _caller():
-    "The Learner that is calling an event"
-    frame = sys._getframe(1)
-    while frame and not isinstance(frame.f_locals.get('self'), Learner): frame = frame.f_back
-    return frame and frame.f_locals['self']
 
 class MixCallback(Callback):
     "Base of the mixing callbacks: draws a plan for each training batch, and takes the loss against the mixed targets"
@@ -62,19 +56,27 @@ class MixCallback(Callback):
 
     __setattr__ = object.__setattr__ # without the search for attributes of the same name in Learner and model
 
+    def __call__(self, event_name):
+        "Answer to the Learner it belongs to; refuse to train another"
+        caller = sys._getframe(1).f_locals.get('self')
+        if isinstance(caller, Learner) and caller is not self.learn:
+            if self.learn is None: self.learn = caller
+            elif event_name == 'before_train' or caller.training: raise RuntimeError(
+                f"This {self} has been given to another Learner since. Give each Learner an instance of its own.")
+            else: return
+        return super().__call__(event_name)
+
     def before_fit(self):
-        "Start anew: seed the private generator at the first batch, and look at inputs and loss again"
+        "Refuse company that would mix twice; seed the private generator and look at the inputs anew with the first batch"
+        mixers = [cb for cb in self.learn.cbs if isinstance(cb, (MixHandler, MixCallback))]
+        if len(mixers) > 1: raise ValueError(f"{self} cannot share a Learner with another callback that mixes, here "
+            f"{', '.join(f'{type(cb).__module__}.{type(cb).__name__}' for cb in mixers)}: the batch would be mixed twice. Keep one of them.")
         self._forget()
         self._init_state()
 
     def before_train(self):
-        "Refuse company that would mix twice; let a stateful model draw a new plan"
+        "A stateful model begins anew, and so may its plan"
         self.kept = None
-        if _caller() not in (None, self.learn): raise RuntimeError(
-            f"This {self} has been given to another Learner since. Give each Learner an instance of its own.")
-        others = [cb for cb in self.learn.cbs if cb is not self and isinstance(cb, (MixHandler, MixCallback))]
-        if others: raise ValueError(f"{self} cannot share a Learner with {others[0]} ({type(others[0]).__module__}): "
-            "the batch would be mixed twice. Keep one of them.")
 
     def before_batch(self):
         "Draw a plan and mix by it"
@@ -164,7 +166,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #5fdec7b0
+# %% ../nbs/05_callback.ipynb #323aaf6e
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()

@@ -7,25 +7,30 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #7c55176f
+# %% ../nbs/07_cuts.ipynb #8a0a5f98
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from .core import leaves, map_leaves
 from .indices import MixedIndex
 
-# %% ../nbs/07_cuts.ipynb #7793eb2a
+# %% ../nbs/07_cuts.ipynb #eabf69af
 def _snapshot(module): return {k: (v, dict(v)) if isinstance(v, dict) else (v, None) for k,v in module.__dict__.items()}
 
+def _reset(d, items):
+    "Make `d` hold `items` again, never taking away what belongs to it"
+    d.update(items)
+    for k in d.keys() - items.keys(): del d[k]
+
 def _put_back(module, snapshot):
-    module.__dict__.clear()
-    for k,(v,items) in snapshot.items():
-        if items is not None: v.clear(); v.update(items)
-        module.__dict__[k] = v
+    for v,items in snapshot.values():
+        if items is not None: _reset(v, items)
+    _reset(module.__dict__, {k: v for k,(v,_) in snapshot.items()})
 
 @contextmanager
 def untouched(
@@ -43,7 +48,7 @@ def untouched(
             for b,old in buffers: b.copy_(old)
         random.setstate(python)
 
-# %% ../nbs/07_cuts.ipynb #f9ab2e4d
+# %% ../nbs/07_cuts.ipynb #7a805ed0
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -80,9 +85,10 @@ def _has_own_parameters(module): return next(module.parameters(recurse=False), N
 @contextmanager
 def _watching(model):
     "Record the calls of all layers, in the order in which they answer"
-    calls,depth = {},0
+    calls,depth,layers = {},0,set(model.modules()) - {model}
     def hook(module, args, out):
         nonlocal depth
+        if module not in layers: return
         depth += _has_own_parameters(module)
         calls.setdefault(module, []).append(call := Call(depth))
         def clone(o, path):
@@ -91,10 +97,9 @@ def _watching(model):
             call.nodes[path],call.shapes[path] = o.grad_fn,o.shape
             return o
         return map_leaves(clone, out)
-    handles = [m.register_forward_hook(hook) for m in model.modules() if m is not model]
+    handle = register_module_forward_hook(hook)
     try: yield calls
-    finally:
-        for h in handles: h.remove()
+    finally: handle.remove()
 
 class PathCounts:
     "Counts the paths from `source` to `pred` in the autograd graph"
@@ -145,7 +150,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #bfb8bd06
+# %% ../nbs/07_cuts.ipynb #84cec264
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -196,7 +201,7 @@ def find_cuts(
         cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), is_block))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #fa280d96
+# %% ../nbs/07_cuts.ipynb #8bbde77b
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)

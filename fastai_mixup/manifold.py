@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #2a9a6f3f
+# %% ../nbs/08_manifold.ipynb #f09f8ba9
 import random
 import sys
 import threading
@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from fastai.learner import Learner
 from fastcore.meta import delegates
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from .callback import MixCallback
 from .core import Plan, check_choice, leaves, map_leaves, private_generator
 from .cuts import Cut, choose_cuts, find_cuts
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #55625d80
+# %% ../nbs/08_manifold.ipynb #c1e42697
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -53,9 +54,6 @@ def _answering(learn):
             return len(args) == len(learn.xb) and all(a is x for a,x in zip(args, learn.xb))
     return False
 
-def _no_hook(*args): "What a mixing hook is in a copy of the model"
-def _get_no_hook(): return _no_hook
-
 class ArmedLayer:
     "Mixes the output of one layer, in one batch"
     def __init__(self,
@@ -64,11 +62,10 @@ class ArmedLayer:
         plan:Plan, # Who is mixed with whom
     ):
         self.owner,self.cut,self.plan,self.calls = weakref.ref(owner),cut,plan,0
-        self.handle = cut.module.register_forward_hook(self)
-
-    def __reduce__(self): return _get_no_hook, ()
+        self.handle = register_module_forward_hook(self)
 
     def __call__(self, module, args, out):
+        if module is not self.cut.module: return
         owner = self.owner()
         if owner is None or owner.armed is not self or owner.learn is None or not _in_batch(owner.learn): return self.disarm()
         if not _in_backward():
@@ -92,7 +89,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #69155117
+# %% ../nbs/08_manifold.ipynb #d3f72372
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -141,7 +138,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #cc5f5718
+# %% ../nbs/08_manifold.ipynb #0f76710a
 class ManifoldMixUpCallback(MixCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__)
