@@ -7,11 +7,11 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 # %% auto #0
 __all__ = ['MixUp', 'MixCallback', 'MixUpCallback']
 
-# %% ../nbs/05_callback.ipynb #f93cf1fe
+# %% ../nbs/05_callback.ipynb #d9034804
 import sys
 
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
@@ -21,7 +21,7 @@ from .core import Plan, check_alpha, check_choice, check_number, draw_plan, leav
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #7e50cc66
+# %% ../nbs/05_callback.ipynb #b81db0dc
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -61,7 +61,7 @@ class MixCallback(Callback):
         caller = sys._getframe(1).f_locals.get('self')
         if isinstance(caller, Learner) and caller is not self.learn:
             if self.learn is None: self.learn = caller
-            elif event_name == 'before_train' or caller.training: raise RuntimeError(
+            elif event_name == 'before_train' or (event_name in _inner_loop and caller.training): raise RuntimeError(
                 f"This {self} has been given to another Learner since. Give each Learner an instance of its own.")
             else: return
         return super().__call__(event_name)
@@ -159,14 +159,14 @@ class MixCallback(Callback):
 
     def mix_inputs(self):
         "Mix the inputs of the running batch by its plan"
-        if self.mixer is None: self.mixer = InputMixer(self.learn.model, self.learn.xb, len(self.plan), self.inputs)
+        if self.mixer is None: self.mixer = InputMixer(self.learn.model, self.learn.xb, self.inputs).check(self.learn.xb, len(self.plan))
         self.learn.xb = self.mixed = self.mixer(self.learn.xb, self.plan)
 
     def check_mixed_inputs(self):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #323aaf6e
+# %% ../nbs/05_callback.ipynb #21873f70
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()

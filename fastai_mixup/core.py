@@ -9,9 +9,10 @@ __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'check_number', 'check_choice', 'check_alph
            'draw_rotation', 'perm_index', 'partners', 'align', 'blend', 'Reused', 'Plan', 'draw_plan', 'map_leaves',
            'leaves']
 
-# %% ../nbs/00_core.ipynb #db2a6c9c
+# %% ../nbs/00_core.ipynb #ecedbd73
 import copy
 import hashlib
+import sys
 from collections.abc import Mapping
 from numbers import Real
 
@@ -19,7 +20,7 @@ import torch
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #b48ed548
+# %% ../nbs/00_core.ipynb #c9f25688
 ALPHA_MIN, ALPHA_MAX = 1e-9, 1e9
 
 def check_number(
@@ -49,7 +50,7 @@ def check_alpha(alpha):
     "Return `alpha`, the parameter of Beta(alpha, alpha): 0 for no mixing, or a number from 1e-9 to 1e9"
     return check_number('alpha', alpha, ALPHA_MIN, ALPHA_MAX, or_zero=True)
 
-# %% ../nbs/00_core.ipynb #94f63e4a
+# %% ../nbs/00_core.ipynb #f74ae303
 def private_generator(
     *salt, # Anything printable that tells this stream from others, such as a name and a rank
 )->torch.Generator: # On the CPU
@@ -58,7 +59,7 @@ def private_generator(
     seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), 'little')
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #8f08f320
+# %% ../nbs/00_core.ipynb #6de82705
 def draw_lam(
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
     n:int=1, # Number of draws
@@ -71,7 +72,7 @@ def draw_lam(
     logit = log_gamma[0] - log_gamma[1]
     return torch.sigmoid(logit.abs_() if fold else logit).float()
 
-# %% ../nbs/00_core.ipynb #8b52afb5
+# %% ../nbs/00_core.ipynb #b025b7c5
 def draw_rotation(
     n:int, # Number of items, at least 2
     generator:torch.Generator|None=None, # On the CPU; `None` is torch's global one
@@ -96,7 +97,7 @@ def partners(
     "`x` with each row replaced by its partner's"
     return x.roll(-perm, dim) if isinstance(perm, int) else x.index_select(dim, perm.to(x.device))
 
-# %% ../nbs/00_core.ipynb #2e6ca8d8
+# %% ../nbs/00_core.ipynb #8722c88d
 def align(
     lam:Tensor, # One weight per row, shape (n,)
     x:Tensor, # The tensor whose rows are weighted
@@ -152,14 +153,16 @@ def blend(
     with torch._C.DisableTorchFunctionSubclass(): res = _blend(x.as_subclass(Tensor), lam, perm, dim, out)
     return retain_type(res, x)
 
-# %% ../nbs/00_core.ipynb #2febac91
+# %% ../nbs/00_core.ipynb #28b512cd
 _holders = getattr(torch._C, '_storage_Use_Count', None)
 
 class Reused:
     "Hands out one piece of memory again and again, unless somebody still holds it"
     def __init__(self): self.kept = self.alone = None
 
-    def _count(self): return _holders(self.kept.untyped_storage()._cdata)
+    def _count(self):
+        storage = self.kept.untyped_storage()
+        return _holders(storage._cdata),sys.getrefcount(storage)
 
     def _fits(self, x):
         k = self.kept
@@ -175,7 +178,7 @@ class Reused:
             self.stride,self.alone = x.stride(),self._count()
         return self.kept.detach()
 
-# %% ../nbs/00_core.ipynb #a92fcd25
+# %% ../nbs/00_core.ipynb #3619fb43
 class Plan:
     "One draw for one batch: row `i` keeps `lam[i]` of itself and takes the rest from row `perm[i]`"
     def __init__(self,
@@ -204,7 +207,7 @@ def draw_plan(
     lam = draw_lam(alpha, n, fold, generator) if per == 'item' else draw_lam(alpha, 1, fold, generator).repeat(n)
     return Plan(lam.to(device, non_blocking=True), draw_rotation(n, generator))
 
-# %% ../nbs/00_core.ipynb #bdfc2434
+# %% ../nbs/00_core.ipynb #fad556e3
 def map_leaves(
     f:callable, # Called as `f(leaf, path)`; its result takes the place of the leaf
     o, # A tensor, or tuples, lists and mappings of such, nested at will

@@ -7,17 +7,19 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/indices.html.md"""
 # %% auto #0
 __all__ = ['Origin', 'DerivedIndex', 'MixedIndex']
 
-# %% ../nbs/03_indices.ipynb #f58567bc
+# %% ../nbs/03_indices.ipynb #32aafb03
 import torch
 from torch import Tensor
 
 from .core import Plan, leaves, map_leaves
 
-# %% ../nbs/03_indices.ipynb #16f12eb3
+# %% ../nbs/03_indices.ipynb #5fa817e7
 _JOIN = set('cat concat concatenate stack hstack vstack dstack'.split())
 _REARRANGE = set('''__getitem__ __get__ T t transpose swapaxes swapdims permute movedim moveaxis view reshape flatten ravel unflatten view_as reshape_as
     squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave narrow select index_select take_along_dim gather masked_select
     split tensor_split chunk unbind unfold diagonal flip fliplr flipud roll rot90 pad _pad atleast_1d atleast_2d one_hot'''.split())
+_AS = set('to type_as expand_as view_as reshape_as'.split())
+_PICK = set('__getitem__ gather take_along_dim index_select'.split())
 _FRESH = set('zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor'.split())
 _ABOUT = set('''argmax argmin argsort nonzero searchsorted bucketize count_nonzero'''.split())
 
@@ -51,14 +53,13 @@ class _Tracked(Tensor):
         name,kwargs = getattr(func, '__name__', str(func)),kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             tracked = [v for v,_ in leaves((args, kwargs)) if isinstance(v, _Tracked)]
-            if name in _LOOKUPS:
-                idx = _LOOKUPS[name](args, kwargs)
-                if isinstance(idx, _Tracked): return idx.look_up(lambda i: _call(func, args, kwargs, lambda v,_: i if v is idx else _own(v)), name, args, kwargs)
+            idx = _looked_up(args, kwargs, name)
+            if idx is not None: return idx.look_up(lambda i: _call(func, args, kwargs, lambda v,_: i if v is idx else _own(v)), name, args, kwargs)
             derived = [v for v in tracked if isinstance(v, DerivedIndex)]
             if derived: return derived[0]._condense(_call(func, args, kwargs, _own), name)
             return _follow(func, name, args, kwargs, tracked)
 
-    def _refuse_float(self, name):
+    def _floats(self, own, name):
         raise ValueError(
             f"{self.origins[0].label} holds integers, and reaches `{name}`, which turns them into floats: only the output of an embedding "
             "can be mixed. If it holds numbers, make it a float tensor in your data; if every item is to keep its own, choose the others "
@@ -68,8 +69,7 @@ class _Tracked(Tensor):
         "The result of an operation that partners cannot follow"
         def wrap(v, _):
             if not isinstance(v, Tensor) or v.dtype == torch.bool: return v
-            if v.is_floating_point() or v.is_complex(): self._refuse_float(name)
-            return DerivedIndex(v, self.origins)
+            return self._floats(v, name) if v.is_floating_point() or v.is_complex() else DerivedIndex(v, self.origins)
         return map_leaves(wrap, own)
 
 class DerivedIndex(_Tracked):
@@ -81,6 +81,7 @@ class DerivedIndex(_Tracked):
 
     def look_up(self, f, name, args, kwargs):
         if name == '__getitem__' and not isinstance(args[0], torch.nn.Parameter): return f(self.own)
+        if not _table(args, kwargs, name).is_floating_point(): return DerivedIndex(f(self.own), self.origins)
         raise ValueError(f"{self.origins[0].label} holds integers, and an embedding looks up what was computed from them by an operation that "
             "mixing cannot follow, such as a sum. Look it up unmixed by choosing the other inputs, by `inputs=`.")
 
@@ -117,14 +118,20 @@ class MixedIndex(_Tracked):
     def look_up(self, f, name, args, kwargs):
         "What `f` gives for these indices, mixed"
         plan,dim = self.origins[0].plan,self.batch_dim
-        if self.dtype == torch.bool: return f(self.own)
+        if not _table(args, kwargs, name).is_floating_point(): return self._remapped(f)
         if name == 'embedding_bag' and (self.ndim != 2 or dim != 0): raise TypeError(
             f"{self.origins[0].label}: an embedding bag can be mixed only where its input has one row per item, shape (bs, n).")
         for o in self.origins: o.lookups += 1
         if dim is not None: return plan.blend(f(self.own), dim)
-        if (args[5] if len(args) > 5 else kwargs.get('scale_grad_by_freq', False)): own,partner = f(self.own),f(self.partner)
+        if name == 'index_select' or _at(5, 'scale_grad_by_freq')(args, kwargs): own,partner = f(self.own),f(self.partner)
         else: own,partner = f(torch.stack([self.own, self.partner]))
         return _lerp(partner, own, self.lam.reshape(*self.shape, *[1]*(own.ndim-self.ndim)))
+
+    def _remapped(self, f):
+        "Other integers, looked up in a table of integers"
+        own,partner = f(self.own),f(self.partner)
+        lam = self.lam.reshape(*self.shape, *[1]*(own.ndim-self.ndim)) if own.ndim > self.ndim else self.lam
+        return type(self)(own, partner, lam.expand(own.shape), self.origins)
 
 def _lerp(partner, own, lam):
     dtype = torch.promote_types(own.dtype, torch.float32)
@@ -138,7 +145,9 @@ def _follow(func, name, args, kwargs, tracked):
     if _in_place(name) and src.dtype != torch.bool: _write_partners(func, args, kwargs, src)
     if not values: return own
     about_bools = src.dtype == torch.bool and values[0].dtype != torch.bool
-    rearranged = name in _JOIN or (name in _REARRANGE and isinstance(args[0] if args else kwargs.get('input'), MixedIndex))
+    first = args[0] if args else kwargs.get('input')
+    rearranged = name in _JOIN or (name in _REARRANGE and isinstance(first, MixedIndex))
+    if name in _AS and not isinstance(first, _Tracked): return own
     if name in _FRESH and not (values[0].shape == src.shape and values[0].dtype == src.dtype): return own
     if name in _ABOUT or about_bools or (name in _REARRANGE and not rearranged): return _values_only(own, src, name)
     if values[0].is_floating_point() or values[0].is_complex(): return _one_hot_floats(own, src, func, name, args, kwargs)
@@ -155,10 +164,9 @@ def _write_partners(func, args, kwargs, src):
     _call(func, args, kwargs, _partner)
 
 def _values_only(own, src, name):
-    "An answer about the item itself; floats that a `MixedIndex` picks out of others have no rule"
-    if name in _REARRANGE and src.dtype != torch.bool and any(v.is_floating_point() for v,_ in leaves(own)) and name not in ('view_as', 'expand_as', 'reshape_as', '__getitem__'):
-        src._refuse_float(name)
-    return own
+    "An answer about the item itself; floats that indices pick one by one out of others have no rule"
+    floats = any(isinstance(v, Tensor) and v.is_floating_point() for v,_ in leaves(own))
+    return src._floats(own, name) if floats and name in _PICK and src.dtype != torch.bool else own
 
 def _is_broadcast(shape, shapes):
     try: return torch.broadcast_shapes(*shapes) == shape
@@ -187,11 +195,20 @@ def _rearrange(own, func, name, args, kwargs, src):
     return _wrap(own, partner, lam, tracked, one_hot)
 
 def _one_hot_floats(own, src, func, name, args, kwargs):
-    if not src.one_hot: src._refuse_float(name)
+    if not src.one_hot: return src._floats(own, name)
     for o in src.origins: o.lookups += 1
     return _lerp(_call(func, args, kwargs, _partner), own, src.lam)
 
 def _at(position, name): return lambda args, kwargs: args[position] if len(args) > position else kwargs.get(name)
-_LOOKUPS = dict(embedding=_at(0, 'input'), embedding_bag=_at(0, 'input'),
-                __getitem__=lambda args, kwargs: None if isinstance(args[0], _Tracked) or not args[0].is_floating_point() else args[1],
-                index_select=lambda args, kwargs: None if isinstance(args[0], _Tracked) or not args[0].is_floating_point() else _at(2, 'index')(args, kwargs))
+_LOOKUPS = dict(embedding=_at(0, 'input'), embedding_bag=_at(0, 'input'), __getitem__=_at(1, None), index_select=_at(2, 'index'), gather=_at(2, 'index'))
+_TABLES = dict(embedding=_at(1, 'weight'), embedding_bag=_at(1, 'weight'))
+
+def _table(args, kwargs, name): return _TABLES.get(name, _at(0, 'input'))(args, kwargs)
+
+def _looked_up(args, kwargs, name):
+    "The tracked indices that `name` looks up row by row in a table, if that is what it does"
+    if name not in _LOOKUPS: return None
+    idx,table = _LOOKUPS[name](args, kwargs),_table(args, kwargs, name)
+    if not isinstance(idx, _Tracked) or isinstance(table, _Tracked) or idx.dtype == torch.bool: return None
+    if name == 'gather': return None if table.is_floating_point() else idx
+    return None if name == 'index_select' and _at(1, 'dim')(args, kwargs) % table.ndim else idx

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/inputs.html.md"""
 # %% auto #0
 __all__ = ['input_names', 'check_inputs_option', 'InputMixer']
 
-# %% ../nbs/04_inputs.ipynb #12a5784a
+# %% ../nbs/04_inputs.ipynb #91f7e37a
 import inspect
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .core import Plan, Reused, leaves, map_leaves
 from .indices import MixedIndex
 
-# %% ../nbs/04_inputs.ipynb #080bd56b
+# %% ../nbs/04_inputs.ipynb #c0578f10
 def input_names(
     model, # A module; the names come from the arguments of its `forward`
     n:int, # Number of inputs
@@ -56,14 +56,20 @@ class InputMixer:
     def __init__(self,
         model:nn.Module, # Whose inputs they are
         xb:tuple, # The inputs of one batch
-        n:int, # Number of items in it
         inputs=None, # Positions and names of the inputs to mix; `None` for all that can be
     ):
         self.names = input_names(model, len(xb))
         self.inputs = check_inputs_option(inputs)
         if self.inputs is not None: self._check_found(xb)
         self.additive_mask,self.memory = {},{}
-        self._check_some(xb, self(xb, Plan(torch.ones(n), 1)))
+
+    def check(self,
+        xb:tuple, # The inputs of a batch
+        n:int, # Number of items in it
+    ):
+        "Raise a `TypeError` or `ValueError` that names the first input that cannot be mixed, or says that there is none that can"
+        if any(self.rule(x, path, n) != 'keep' for x,path in leaves(xb)) or self._undecided(xb): return self
+        raise ValueError("None of the inputs can be mixed: " + ', '.join(f"{_label(path, self.names)} is a {self._kind(x)}" for x,path in leaves(xb)))
 
     def _known_as(self, path): return {path[0], self.names[path[0]], *(k for k in path[1:] if isinstance(k, str))}
 
@@ -72,21 +78,31 @@ class InputMixer:
         missing = [o for o in self.inputs if o not in known]
         if missing: raise ValueError(f"inputs names {missing}, but the inputs of this batch are {sorted(map(str, known))}")
 
-    def _mix(self, x, path, plan):
-        if self.inputs is not None and not self._known_as(path) & set(self.inputs): return x
-        if x is None or isinstance(x, (bool, int, float)): return x
+    def rule(self,
+        x, # A leaf of the inputs
+        path:tuple, # Where it sits
+        n:int, # Number of items in the batch
+    )->str: # 'blend', 'embed' or 'keep'
+        "What happens to an input; a `TypeError` or `ValueError` if there is no rule for it"
+        if self.inputs is not None and not self._known_as(path) & set(self.inputs): return 'keep'
+        if x is None or isinstance(x, (bool, int, float)): return 'keep'
         label = _label(path, self.names)
         if not isinstance(x, Tensor) or isinstance(x, TensorPoint): raise TypeError(
             f"{label} is a {type(x).__name__}, which cannot be mixed. Encode it as a tensor, or choose the others by `inputs=`.")
         number = x.is_floating_point() or x.is_complex()
-        if _is_mask(x, path, self.names): return x
+        if _is_mask(x, path, self.names): return 'keep'
         if number and self.additive_mask.get(path) is None: self.additive_mask[path] = _is_additive_mask(x)
-        if number and self.additive_mask[path] is not False: return x
-        if not number and x.numel() == 0: return x
-        if x.layout != torch.strided or x.ndim == 0 or len(x) != len(plan): raise ValueError(
-            f"{label} has shape {tuple(x.shape)} ({x.layout}), but mixing needs a dense tensor with one row for each of the {len(plan)} items, "
+        if number and self.additive_mask[path] is not False: return 'keep'
+        if not number and x.numel() == 0: return 'keep'
+        if x.layout != torch.strided or x.ndim == 0 or len(x) != n: raise ValueError(
+            f"{label} has shape {tuple(x.shape)} ({x.layout}), but mixing needs a dense tensor with one row for each of the {n} items, "
             "items first. Choose the others by `inputs=`.")
-        return plan.blend(x, out=self.memory.setdefault(path, Reused())) if number else MixedIndex.start(x, plan, label)
+        return 'blend' if number else 'embed'
+
+    def _mix(self, x, path, plan):
+        rule = self.rule(x, path, len(plan))
+        if rule == 'keep': return x
+        return plan.blend(x, out=self.memory.setdefault(path, Reused())) if rule == 'blend' else MixedIndex.start(x, plan, _label(path, self.names))
 
     def __call__(self,
         xb:tuple, # The inputs of a batch
@@ -94,10 +110,6 @@ class InputMixer:
     )->tuple: # New inputs; `xb` is not written to
         "Mix `xb` by `plan`, or raise an error that names the first input that cannot be mixed"
         return map_leaves(lambda x,path: self._mix(x, path, plan), xb)
-
-    def _check_some(self, xb, mixed):
-        if any(a is not b for (a,_),(b,_) in zip(leaves(xb), leaves(mixed))) or self._undecided(xb): return
-        raise ValueError("None of the inputs can be mixed: " + ', '.join(f"{_label(path, self.names)} is a {self._kind(x)}" for x,path in leaves(xb)))
 
     def _undecided(self, xb): return any(self.additive_mask.get(path, False) is None for _,path in leaves(xb))
 

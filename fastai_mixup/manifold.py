@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #f09f8ba9
+# %% ../nbs/08_manifold.ipynb #f3814c7c
 import random
 import sys
 import threading
@@ -27,10 +27,10 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from .callback import MixCallback
 from .core import Plan, check_choice, leaves, map_leaves, private_generator
-from .cuts import Cut, choose_cuts, find_cuts
+from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #c1e42697
+# %% ../nbs/08_manifold.ipynb #e34e2618
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -58,11 +58,12 @@ class ArmedLayer:
     "Mixes the output of one layer, in one batch"
     def __init__(self,
         owner:MixCallback, # Whose Learner is about to run the batch
-        cut:Cut, # The layer
+        cut:Cut, # The layer; without `dims`, all its floats that have a row per item are mixed
         plan:Plan, # Who is mixed with whom
     ):
-        self.owner,self.cut,self.plan,self.calls = weakref.ref(owner),cut,plan,0
-        self.handle = register_module_forward_hook(self)
+        self.cut,self.plan,self.calls = cut,plan,0
+        self.handle = handle = register_module_forward_hook(self)
+        self.owner = weakref.ref(owner, lambda _: handle.remove())
 
     def __call__(self, module, args, out):
         if module is not self.cut.module: return
@@ -71,10 +72,18 @@ class ArmedLayer:
         if not _in_backward():
             if not _answering(owner.learn): return
             self.calls += 1
-        dims = self.cut.dims[(self.calls-1) % len(self.cut.dims)]
-        return map_leaves(lambda o,path: self._mix(o, dims[path]) if path in dims else o, out)
+        mixed = map_leaves(self._mix, out)
+        if all(a is b for (a,_),(b,_) in zip(leaves(out), leaves(mixed))): raise RuntimeError(
+            f"{self.cut.name} gave nothing that has a row for each of the {len(self.plan)} items.")
+        return mixed
 
-    def _mix(self, o, dim):
+    def _dim(self, o, path):
+        if not self.cut.dims: return 0 if isinstance(o, Tensor) and o.is_floating_point() and o.ndim and len(o) == len(self.plan) else None
+        return self.cut.dims[(self.calls-1) % len(self.cut.dims)].get(path)
+
+    def _mix(self, o, path):
+        dim = self._dim(o, path)
+        if dim is None: return o
         if o.shape[dim] != len(self.plan): raise RuntimeError(
             f"{self.cut.name} gave {o.shape[dim]} rows for a batch of {len(self.plan)} items, so that some have no partner there. "
             "Choose other `layers=`.")
@@ -82,14 +91,15 @@ class ArmedLayer:
 
     def check(self):
         "Raise a `RuntimeError` unless every path was mixed once"
-        if self.calls != len(self.cut.dims): raise RuntimeError(
-            f"{self.cut.name} was to be mixed in {len(self.cut.dims)} call(s), but {self.calls} came. Was it replaced during training, or "
+        wanted = max(len(self.cut.dims), 1)
+        if not self.calls or self.calls % wanted: raise RuntimeError(
+            f"{self.cut.name} was to be mixed in {wanted} call(s), but {self.calls} came. Was it replaced during training, or "
             "does the number of its calls depend on the data? Then choose other `layers=`. A compiled model does not see hooks that come "
             "later: train it uncompiled, or use `MixUp`, which needs none.")
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #d3f72372
+# %% ../nbs/08_manifold.ipynb #6e89187c
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -138,7 +148,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #0f76710a
+# %% ../nbs/08_manifold.ipynb #009ee089
 class ManifoldMixUpCallback(MixCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__)
@@ -168,20 +178,14 @@ class ManifoldMixUpCallback(MixCallback):
         "Draw a place, and mix there or arm the layer"
         if self.places is None: self._find_places(self.learn.xb, len(self.plan))
         self.place = self.kept_place if self.kept is not None and self.plan is self.kept else self._draw_place()
-        if self.place == 'input': self.mix_inputs()
-        elif self.place != 'output': self.armed = ArmedLayer(self, self.place, self.plan)
+        if self.place == 'input': return self.mix_inputs()
+        cut = Cut('The model', self.learn.model, [], (), 1., True) if self.place == 'output' else self.place
+        self.armed = ArmedLayer(self, cut, self.plan)
 
     def check_mixed(self):
         "The once law: what was to be mixed, was, and once"
-        if self.place == 'output': self.learn.pred = self._mix_output(self.learn.pred)
-        elif self.armed is not None: self.armed.check()
+        if self.armed is not None: self.armed.check()
         else: self.check_mixed_inputs()
-
-    def _mix_output(self, pred):
-        n = len(self.plan)
-        mixable = lambda o: isinstance(o, Tensor) and o.is_floating_point() and o.ndim and len(o) == n
-        if not any(mixable(o) for o,_ in leaves(pred)): raise RuntimeError(f"layers='output': the predictions have no row for each of the {n} items")
-        return map_leaves(lambda o,_: self.plan.blend(o) if mixable(o) else o, pred)
 
     def _draw_place(self):
         if self.place_rng is None: self.place_rng = self.generator or private_generator('place')
@@ -204,8 +208,8 @@ class ManifoldMixUpCallback(MixCallback):
         model,wanted = self._inner_model(),self.wanted
         if wanted is not None and 'output' in wanted: check_output_mixing(self.learn.loss_func)
         hidden = wanted is None or [o for o in wanted if o != 'output']
-        self.cuts = find_cuts(model, xb, n) if hidden else []
-        if wanted is None: chosen = choose_cuts(self.cuts)
+        self.cuts = find_cuts(model, xb, n, self.inputs) if hidden else []
+        if wanted is None: chosen = choose_cuts(self.cuts, holds=lambda c: knows_nothing_else(model, c, xb, n))
         else: chosen = list({c.name: c for o in wanted if o != 'output' for c in select_cuts(self.cuts, model, o)}.values())
         if wanted is None and not chosen: self._no_layer(model)
         self.places = ['input']*self.include_input + chosen + ['output']*('output' in (wanted or []))
@@ -235,7 +239,7 @@ class ManifoldMixUpCallback(MixCallback):
         "Print the layers that can be mixed: name, type, shape of the output, share of the depth, and whether it is in use"
         self._ensure_places()
         chosen = [c.name for c in self.places if isinstance(c, Cut)]
-        cuts = self.cuts or find_cuts(self._inner_model(), *_example(self.learn))
+        cuts = self.cuts or find_cuts(self._inner_model(), *_example(self.learn), self.inputs)
         rows = [(c.name, type(c.module).__name__, ' x '.join(map(str, c.shape)), f'{c.depth:.0%}', 'yes' if c.name in chosen else '') for c in cuts]
         print(pd.DataFrame(rows, columns=['name', 'type', 'output', 'depth', 'chosen']).to_string(index=False))
 

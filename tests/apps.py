@@ -51,6 +51,14 @@ def _tap(model, names, seen):
         if isinstance(module, (nn.Embedding, EmbeddingDropout)): yield module.register_forward_hook(lambda m,i,o: seen.extend(floats(o)))
         else: yield module.register_forward_pre_hook(lambda m,i: seen.extend(floats(i[0])))
 
+def _keep(forward, seen):
+    "`forward`, keeping what it returns before any hook sees it"
+    def kept(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        seen.extend(floats(out))
+        return out
+    return kept
+
 class Before(Callback):
     "Keeps a batch, and what the layers see of it, from before it is mixed"
     order = 7
@@ -71,15 +79,18 @@ class Spy(Callback):
         self.batches.append(b)
         self.handles = list(_tap(self.model, self.taps, b.seen))
         cb = getattr(self.learn, 'manifold_mix_up', None)
-        for layer in cb.layers if cb and self.training else []:
-            for to,first in (b.before, True), (b.after, False): self.handles.append(layer.register_forward_hook(
-                lambda m,i,o,to=to: to.setdefault(m, []).extend(floats(o)), prepend=first))
+        self.wrapped = cb.layers if cb and self.training else []
+        for layer in self.wrapped:
+            b.before[layer],b.after[layer] = [],[]
+            layer.forward = _keep(layer.forward, b.before[layer])
+            self.handles.append(layer.register_forward_hook(lambda m,i,o: b.after[m].extend(floats(o))))
 
     def after_pred(self): self.batches[-1].pred = plain(self.pred)
 
     def after_loss(self):
         self.batches[-1].loss = plain(self.learn.loss)
         for h in self.handles: h.remove()
+        for layer in self.wrapped: del layer.forward
 
 def places(b):
     "What each place held before mixing, and after it"

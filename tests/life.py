@@ -10,6 +10,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.all import Categorize, Datasets
 from fastai.torch_core import set_seed
 from fastai.vision.core import TensorImage
+from torch.nn.modules.module import _global_forward_hooks
 
 from fastai_mixup.all import ManifoldMixUp, MixUp
 from fastai_mixup.callback import MixCallback
@@ -137,6 +138,12 @@ def learner(kind, cbs=(), model=None, data=None, mix=True, **kwargs):
     cbs = [Oracle(), *([KINDS[kind]()] if mix else []), *L(cbs)]
     return quiet(Learner(dls, model or Net(kind == 'integers'), cbs=cbs, **kwargs))
 
+@pytest.fixture(autouse=True)
+def alone():
+    "No test sees the hooks of another"
+    yield
+    _global_forward_hooks.clear()
+
 @pytest.fixture
 def real(tmp_path):
     "Like `learner`, over fastai `DataLoaders`"
@@ -144,7 +151,7 @@ def real(tmp_path):
 
 def mixer(learn): return next(cb for cb in learn.cbs if isinstance(cb, MixCallback))
 
-def hooks(model): return [h for m in model.modules() for h in m._forward_hooks.values()]
+def hooks(model): return [h for d in (_global_forward_hooks, *(m._forward_hooks for m in model.modules())) for h in d.values()]
 
 def check_by_hand(learn, kind):
     "Does the model, and does each of its layers, answer as one that was never trained with a callback of ours?"

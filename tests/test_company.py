@@ -6,7 +6,7 @@ from fastai.callback.all import (ActivationStats, CSVLogger, ChannelsLast, Early
     MixedPrecision, ReduceLROnPlateau, RNNCallback, RNNRegularizer, SaveModelCallback, ShortEpochCallback, TerminateOnNaNCallback)
 from fastai.callback.rnn import ModelResetter
 
-from life import At, BS, N, Net, batches, check, each_kind, hooks, learner, mixer, real
+from life import At, BS, N, Net, alone, batches, check, each_kind, hooks, learner, mixer, real
 
 COMPANY = dict(clip=lambda: GradientClip(.1), accumulation=lambda: GradientAccumulation(8), fp16=lambda: MixedPrecision(), bf16=lambda: MixedPrecision('bf16'),
     channels_last=ChannelsLast, activations=lambda: ActivationStats(with_hist=True), csv=CSVLogger, plateau=ReduceLROnPlateau, nan=TerminateOnNaNCallback,

@@ -1,5 +1,7 @@
 "Whatever is raised, wherever: the Learner is left as without the callback, and can be trained again."
+import gc
 import sys
+import weakref
 from functools import cache, wraps
 
 import pytest
@@ -9,8 +11,9 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
     CancelStepException, CancelTrainException, CancelValidException, event)
 from fastai.learner import Recorder
 from fastcore.basics import noop
+from torch import nn
 
-from life import KINDS, check, check_by_hand, check_page, each_kind, hooks, learner, mixer
+from life import KINDS, alone, check, check_by_hand, check_page, each_kind, hooks, learner, mixer
 
 CANCEL = dict(backward=CancelBackwardException, batch=CancelBatchException, epoch=CancelEpochException, fit=CancelFitException,
     step=CancelStepException, train=CancelTrainException, validate=CancelValidException)
@@ -106,6 +109,17 @@ def test_interrupted_guest_leaves_no_trace(at, kind):
     learn.fit(1)
     check(learn, 2, 2, mixed=False)
     assert not hooks(learn.model)
+
+@each_kind
+@pytest.mark.parametrize('at', ['before_batch', 'after_loss'])
+def test_interrupted_learner_can_be_dropped(at, kind):
+    learn = learner(kind, faults(at, KeyboardInterrupt, 1000))
+    outcome(learn)
+    left = [weakref.ref(o) for o in (learn, mixer(learn), learn.model, learn.model.ids)]
+    del learn
+    gc.collect()
+    assert [o() for o in left] == [None]*4
+    assert not hooks(nn.Module())
 
 class Fuse:
     "Makes a function raise `exc` at its `nth` call"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.all import TensorBBox, TensorPoint
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastai_mixup.all import *

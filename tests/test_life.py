@@ -18,7 +18,7 @@ from fastai.vision.learner import vision_learner # registers how pictures are sh
 from torch import nn
 
 from fastai_mixup.all import ManifoldMixUp, MixUp
-from life import At, KINDS, N, Net, batches, check, check_page, each_kind, hooks, learner, mixer, quiet, real
+from life import At, KINDS, N, Net, alone, batches, check, check_page, each_kind, hooks, learner, mixer, quiet, real
 
 # Ways to train
 

@@ -290,11 +290,30 @@ class FixedBatch(Encoder):
         return self.head(out.mean(1))
     def reset(self): self.h = torch.zeros(1, BS, 16)
 
-def test_model_of_a_fixed_batch_size():
-    model,xb,other = FixedBatch(),tokens(),tokens()
+class FixedRows(nn.Module):
+    "Adds what it has learned of each row"
+    def __init__(self):
+        super().__init__()
+        self.rows,self.body,self.head = nn.Parameter(torch.zeros(BS, 8)),nn.Sequential(*blocks()),nn.Linear(8, 3)
+    def forward(self, x): return self.head(self.body(x + self.rows))
+
+@pytest.mark.parametrize('cls,inputs', [(FixedBatch, tokens), (FixedRows, vectors)])
+def test_model_of_a_fixed_batch_size(cls, inputs):
+    model,xb,other = cls(),inputs(),inputs()
     cuts = default_cuts(model, xb)
     assert cuts
     for c in cuts: check_path(steady(model), xb, other, c.module)
+
+class Strict(nn.Module):
+    "Takes numbers from 0 to 1 alone"
+    def __init__(self):
+        super().__init__()
+        self.body,self.head = nn.Sequential(*blocks()),nn.Linear(8, 3)
+    def forward(self, x):
+        if x.min() < 0 or x.max() > 1: raise ValueError('out of range')
+        return self.head(self.body(x))
+
+def test_probe_uses_inputs_that_the_model_takes(): assert len(default_cuts(Strict(), (torch.rand(BS, 8),))) == 2
 
 def test_places_hold_for_longer_texts_than_the_first():
     model,(short,),(long,) = text_classifier(),tokens(7),ragged()

@@ -8,7 +8,7 @@ from fastai.callback.core import Callback
 from fastai.learner import load_learner
 
 from fastai_mixup.all import ManifoldMixUp, MixUp
-from life import At, KINDS, Net, check, each_kind, learner, mixer, quiet, real
+from life import At, KINDS, Net, alone, check, each_kind, learner, mixer, quiet, real
 
 def interrupt(learn): raise KeyboardInterrupt
 
