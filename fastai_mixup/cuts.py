@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #84bed7eb
+# %% ../nbs/07_cuts.ipynb #ef46fd9b
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from .core import leaves, map_leaves
 from .indices import MixedIndex
 from .inputs import InputMixer
 
-# %% ../nbs/07_cuts.ipynb #8fe35ad5
+# %% ../nbs/07_cuts.ipynb #15696044
 def _items(v): return dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None
 def _snapshot(module): return {k: (v, _items(v)) for k,v in module.__dict__.items()}
 
@@ -54,7 +54,7 @@ def untouched(
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/07_cuts.ipynb #3ed8dddd
+# %% ../nbs/07_cuts.ipynb #5c5f4b5f
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -63,6 +63,7 @@ class _Source:
 
 class _Hung(MixedIndex):
     "Indices that hang on a `_Source` wherever they become floats"
+    def __new__(cls, own, partner, lam, origins, one_hot=False): return super().__new__(cls, own, partner, lam, origins)
     def look_up(self, f, name, args, kwargs):
         res = f(self.own)
         return self._floats(res, name) if res.is_floating_point() else self._condense(res, name)
@@ -163,7 +164,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #74ea7352
+# %% ../nbs/07_cuts.ipynb #34008d60
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -222,7 +223,7 @@ def find_cuts(
         cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), is_block))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #aafb9b7f
+# %% ../nbs/07_cuts.ipynb #53e6a0a9
 @contextmanager
 def _constant(module):
     "Each call of `module` answers what it answered the first time"
@@ -238,25 +239,38 @@ def _constant(module):
     try: yield again
     finally: handle.remove()
 
+def _others(xb, n, mixer):
+    "`xb` with the rows of what is mixed moved on by one"
+    return map_leaves(lambda x,path: x.roll(1, 0) if mixer.rule(x, path, n) == 'blend' else x, xb)
+
+def _held_predictions(model, cut, few, mixer, n):
+    "The predictions for two sets of inputs, with the output of `cut` held constant"
+    preds = []
+    with torch.no_grad(), _constant(cut.module) as again:
+        for xb in few, _others(few, n, mixer):
+            with untouched(model): preds.append([v for v,_ in leaves(model(*xb)) if isinstance(v, Tensor)])
+            again()
+    return preds
+
 def knows_nothing_else(
     model:nn.Module, # Is left as it was
     cut:Cut, # A layer
     xb:tuple, # The inputs of one batch
     size:int, # Number of items in the batch
+    inputs=None, # Positions and names of the inputs that are mixed; `None` for all that can be
 )->bool:
-    "Is the prediction the same for other inputs, once the output of `cut` is held constant? Taken for granted where an input is no float"
-    tensors = [x for x,_ in leaves(xb) if isinstance(x, Tensor) and x.numel()]
-    if not all(x.is_floating_point() for x in tensors): return True
-    few = _rows(xb, size, min(size, 3))
-    other = map_leaves(lambda x,_: x.roll(1, 0)*2 + 1 if isinstance(x, Tensor) and x.ndim else x, few)
-    preds = []
-    with torch.no_grad(), _constant(cut.module) as again:
-        for inputs in few, other:
-            with untouched(model): preds.append([v for v,_ in leaves(model(*inputs)) if isinstance(v, Tensor)])
-            again()
-    return all(torch.equal(a, b) for a,b in zip(*preds))
+    "Is the prediction the same for other inputs, once the output of `cut` is held constant? Taken for granted where integers are mixed"
+    mixer = InputMixer(model, xb, inputs)
+    try: rules = [mixer.rule(x, path, size) for x,path in leaves(xb)]
+    except (TypeError, ValueError): return True
+    if 'embed' in rules: return True
+    for n in min(size, 3), size:
+        try: a,b = _held_predictions(model, cut, _rows(xb, size, n), mixer, n)
+        except Exception:
+            if n == size: raise
+        else: return all(map(torch.equal, a, b))
 
-# %% ../nbs/07_cuts.ipynb #6970b3cb
+# %% ../nbs/07_cuts.ipynb #34221926
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #f3814c7c
+# %% ../nbs/08_manifold.ipynb #3ebbeece
 import random
 import sys
 import threading
@@ -30,7 +30,7 @@ from .core import Plan, check_choice, leaves, map_leaves, private_generator
 from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #e34e2618
+# %% ../nbs/08_manifold.ipynb #a311865c
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -47,12 +47,11 @@ def _in_batch(learn):
     return any(f.f_code.co_name == 'one_batch' and f.f_locals.get('self') is learn for f in _frames())
 
 def _answering(learn):
-    "Is the model answering to the inputs of the batch that `learn` is running?"
+    "The call in which the model answers to the inputs of the batch that `learn` is running, `None` if it does not"
     for f in _frames():
         if f.f_code is _CALL and f.f_locals.get('self') is learn.model:
             args = f.f_locals['args']
-            return len(args) == len(learn.xb) and all(a is x for a,x in zip(args, learn.xb))
-    return False
+            return f.f_locals['inner'] if len(args) == len(learn.xb) and all(a is x for a,x in zip(args, learn.xb)) else None
 
 class ArmedLayer:
     "Mixes the output of one layer, in one batch"
@@ -61,7 +60,7 @@ class ArmedLayer:
         cut:Cut, # The layer; without `dims`, all its floats that have a row per item are mixed
         plan:Plan, # Who is mixed with whom
     ):
-        self.cut,self.plan,self.calls = cut,plan,0
+        self.cut,self.plan,self.call,self.calls = cut,plan,lambda: None,0
         self.handle = handle = register_module_forward_hook(self)
         self.owner = weakref.ref(owner, lambda _: handle.remove())
 
@@ -70,7 +69,9 @@ class ArmedLayer:
         owner = self.owner()
         if owner is None or owner.armed is not self or owner.learn is None or not _in_batch(owner.learn): return self.disarm()
         if not _in_backward():
-            if not _answering(owner.learn): return
+            call = _answering(owner.learn)
+            if call is None: return
+            if self.call() is not call: self.call,self.calls = weakref.ref(call),0
             self.calls += 1
         mixed = map_leaves(self._mix, out)
         if all(a is b for (a,_),(b,_) in zip(leaves(out), leaves(mixed))): raise RuntimeError(
@@ -92,14 +93,14 @@ class ArmedLayer:
     def check(self):
         "Raise a `RuntimeError` unless every path was mixed once"
         wanted = max(len(self.cut.dims), 1)
-        if not self.calls or self.calls % wanted: raise RuntimeError(
+        if self.calls != wanted: raise RuntimeError(
             f"{self.cut.name} was to be mixed in {wanted} call(s), but {self.calls} came. Was it replaced during training, or "
             "does the number of its calls depend on the data? Then choose other `layers=`. A compiled model does not see hooks that come "
             "later: train it uncompiled, or use `MixUp`, which needs none.")
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #6e89187c
+# %% ../nbs/08_manifold.ipynb #80734364
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -148,7 +149,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #009ee089
+# %% ../nbs/08_manifold.ipynb #72f2aecb
 class ManifoldMixUpCallback(MixCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__)
@@ -209,7 +210,7 @@ class ManifoldMixUpCallback(MixCallback):
         if wanted is not None and 'output' in wanted: check_output_mixing(self.learn.loss_func)
         hidden = wanted is None or [o for o in wanted if o != 'output']
         self.cuts = find_cuts(model, xb, n, self.inputs) if hidden else []
-        if wanted is None: chosen = choose_cuts(self.cuts, holds=lambda c: knows_nothing_else(model, c, xb, n))
+        if wanted is None: chosen = choose_cuts(self.cuts, holds=lambda c: knows_nothing_else(model, c, xb, n, self.inputs))
         else: chosen = list({c.name: c for o in wanted if o != 'output' for c in select_cuts(self.cuts, model, o)}.values())
         if wanted is None and not chosen: self._no_layer(model)
         self.places = ['input']*self.include_input + chosen + ['output']*('output' in (wanted or []))

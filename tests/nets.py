@@ -124,7 +124,8 @@ NETS = dict(
     gru=(partial(Recurrent, nn.GRU), tokens), lstm=(partial(Recurrent, nn.LSTM), tokens), packed=(partial(Packed, nn.LSTM), tokens),
     seq2seq=(Seq2Seq, tokens), one_hot=(lambda: OneHot(nn.Linear(360, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)), tokens),
     dicts=(DictNet, vectors), twins=(Twins, vectors), tied=(Tied, tokens), checkpointed=(lambda: Checkpointed(*blocks(), nn.Linear(8, 3)), vectors),
-    frozen=(lambda: frozen(classifier(tv.resnet18)), images), frozen_table=(lambda: frozen(TabularModel([(40, 4)], 8, 2, [20, 10])), lambda: (*tokens(1), *vectors())))
+    frozen=(lambda: frozen(classifier(tv.resnet18)), images),
+    frozen_table=(lambda: frozen(TabularModel([(40, 4)], 8, 2, [20, 10])), lambda: (*tokens(1), *vectors())))
 
 def steady(model):
     "Training mode, in which batch norm and dropout do nothing that depends on other items or on chance"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.data.all import CategoryBlock, ColReader, DataBlock, DataLoader, DataLoaders, IndexSplitter, MultiCategoryBlock, RegressionBlock
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
-from fastai.text.all import AWD_LSTM, LMDataLoader, TextBlock, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
+from fastai.text.all import AWD_LSTM, TextBlock, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
 from fastai.vision.all import (BBoxBlock, BBoxLblBlock, F, ImageBlock, Learner, MaskBlock, PointBlock, SGD, aug_transforms, imagenet_stats,
     nn, resnet18, unet_learner, vision_learner, xresnet18)
 from fastai.vision.all import Normalize as NormalizeImages
@@ -21,7 +21,6 @@ from apps import Before, Spy, close, mixed_ce, mixed_targets, mixed_tokens, mixi
 from nets import Seq2Seq
 
 N,BS,TRAIN = 30,5,25
-rng = np.random.default_rng(0)
 
 def app(learn, taps, loss, item=None):
     "A Learner, the layers that receive its inputs, its mixed loss, and an item to predict"
@@ -30,7 +29,7 @@ def app(learn, taps, loss, item=None):
 def valid(n=N): return IndexSplitter(list(range(TRAIN, n)))
 
 def images(path, n=N, size=32):
-    for i in range(n): Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path/f'{i:02}_{i%3}.png')
+    for i in range(n): Image.fromarray(np.random.randint(0, 256, (size, size, 3), dtype=np.uint8)).save(path/f'{i:02}_{i%3}.png')
     return sorted(path.glob('*.png'))
 
 def image_dls(path, y_block, get_y, x_block=ImageBlock, get_x=None, tfms=True, **kwargs):
@@ -69,7 +68,8 @@ def masks_with_void(path): return masks(path, void=255)
 class Siamese(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder,self.head = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten()),nn.Linear(64, 3)
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.head = nn.Linear(64, 3)
     def forward(self, a, b): return self.head(torch.cat([self.encoder(a), self.encoder(b)], 1))
 
 def siamese(path):
@@ -81,8 +81,8 @@ def siamese(path):
 
 def table(cats, conts, regression=False):
     def build(path):
-        df = pd.DataFrame(dict(a=[f'a{i%6}' for i in range(N)], b=[f'b{i//6}' for i in range(N)], c=rng.normal(size=N), d=rng.normal(size=N),
-                               y=rng.normal(size=N) if regression else [f'y{i%3}' for i in range(N)]))
+        df = pd.DataFrame(dict(a=[f'a{i%6}' for i in range(N)], b=[f'b{i//6}' for i in range(N)], c=np.random.normal(size=N), d=np.random.normal(size=N),
+                               y=np.random.normal(size=N) if regression else [f'y{i%3}' for i in range(N)]))
         df.loc[3, 'c'] = np.nan
         cat_names,cont_names = ['a', 'b']*cats,['c', 'd']*conts
         dls = TabularDataLoaders.from_df(df, path, [Categorify, FillMissing, Normalize], cat_names, cont_names, 'y', bs=BS, device='cpu',
@@ -94,14 +94,14 @@ def table(cats, conts, regression=False):
 
 def collab(use_nn):
     def build(path):
-        df = pd.DataFrame(dict(user=[i%6 for i in range(N)], item=[i//6 for i in range(N)], rating=rng.random(N)*5))
+        df = pd.DataFrame(dict(user=[i%6 for i in range(N)], item=[i//6 for i in range(N)], rating=np.random.rand(N)*5))
         dls = CollabDataLoaders.from_df(df, path=path, bs=BS, device='cpu', seed=0)
         learn = collab_learner(dls, n_factors=8, use_nn=use_nn, y_range=(0, 5.5))
         return app(learn, 'embeds.0 embeds.1' if use_nn else 'u_weight i_weight u_bias i_bias', mixed_targets(F.mse_loss))
     return build
 
 VOCAB = ['xxunk', 'xxpad', *(f'w{i}' for i in range(40))]
-def words(n): return rng.choice(VOCAB[2:], n).tolist()
+def words(n): return np.random.choice(VOCAB[2:], n).tolist()
 def noop_tokens(o): return o
 
 def text_dls(path, lengths, bs=BS):

@@ -60,7 +60,7 @@ case('ce-function', F.cross_entropy, (IDX,), ce(IDX))
 case('ce-some_ignored', nn.CrossEntropyLoss(W), (SOME,), ce(SOME, weight=W))
 case('ce-uint8', CrossEntropyLossFlat(), (IDX.int(),), ce(IDX))
 case('ce-category', CrossEntropyLossFlat(), (TensorCategory(IDX),), ce(IDX))
-case('ce-float64-flat', CrossEntropyLossFlat(), (IDX,), ce(IDX), dtype=torch.float64)
+case('ce-float64-flat', CrossEntropyLossFlat(), (IDX,), lambda M,p,ids: ce(IDX)(M.float(), p.float(), ids), dtype=torch.float64)
 
 for red in REDUCTIONS:
     double = dict(weight=W.double(), label_smoothing=.1, reduction=red)
