@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #ef46fd9b
+# %% ../nbs/07_cuts.ipynb #406ad5ac
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from .core import leaves, map_leaves
 from .indices import MixedIndex
 from .inputs import InputMixer
 
-# %% ../nbs/07_cuts.ipynb #15696044
+# %% ../nbs/07_cuts.ipynb #060e50e5
 def _items(v): return dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None
 def _snapshot(module): return {k: (v, _items(v)) for k,v in module.__dict__.items()}
 
@@ -54,7 +54,7 @@ def untouched(
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/07_cuts.ipynb #5c5f4b5f
+# %% ../nbs/07_cuts.ipynb #72cd207f
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -91,6 +91,7 @@ def _hang(xb, n, mixer):
 class Call:
     "One call of a layer in a forward pass"
     depth:int # Layers with parameters that have answered by then
+    looks_up:bool # Was it given indices?
     nodes:dict = field(default_factory=dict) # Graph node of each output tensor that depends on the inputs, by its path in the output
     shapes:dict = field(default_factory=dict) # Their shapes
 
@@ -104,7 +105,7 @@ def _watching(model):
         nonlocal depth
         if module not in layers: return
         depth += _has_own_parameters(module)
-        calls.setdefault(module, []).append(call := Call(depth))
+        calls.setdefault(module, []).append(call := Call(depth, any(isinstance(o, MixedIndex) for o,_ in leaves(args))))
         def clone(o, path):
             if not (isinstance(o, Tensor) and o.requires_grad): return o
             o = o.clone()
@@ -164,7 +165,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #34008d60
+# %% ../nbs/07_cuts.ipynb #fd461474
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -173,7 +174,8 @@ class Cut:
     dims:list # For each call, the batch dimension of each output tensor to mix, by its path in the output
     shape:tuple # Of the first such tensor; 'bs' stands at the batch dimension
     depth:float # Share of the layers with parameters that have answered by then, in (0, 1]
-    is_block:bool # Does it hold more than one layer with parameters?
+    is_block:bool=False # Does it hold more than one layer with parameters?
+    looks_up:bool=False # Is it an embedding, whose output is mixed where the input is?
 
 def _batch_dims(few, more, n, m):
     "Batch dimension of each tensor, from its shapes for `n` and for `m` rows; `None` if one of them has none"
@@ -219,11 +221,14 @@ def find_cuts(
         if not all(dims): continue
         path,dim = next(iter(dims[0].items()))
         shape = tuple('bs' if d == dim else s for d,s in enumerate(first[0].shapes[path]))
-        is_block = sum(map(_has_own_parameters, module.modules())) > 1
-        cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), is_block))
+        n_layers = sum(map(_has_own_parameters, module.modules()))
+        cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, n_layers < 2 and first[0].looks_up))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #53e6a0a9
+# %% ../nbs/07_cuts.ipynb #5497815a
+def _copy(o, _): return o.clone() if isinstance(o, Tensor) else o
+def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
+
 @contextmanager
 def _constant(module):
     "Each call of `module` answers what it answered the first time"
@@ -231,9 +236,9 @@ def _constant(module):
     def hook(m, args, out):
         nonlocal at
         if m is not module: return
-        if len(answers) <= at: answers.append(out)
+        if len(answers) <= at: answers.append(map_leaves(_copy, out))
         at += 1
-        return answers[at-1]
+        return map_leaves(_copy, answers[at-1])
     def again(): nonlocal at; at = 0
     handle = register_module_forward_hook(hook)
     try: yield again
@@ -268,9 +273,9 @@ def knows_nothing_else(
         try: a,b = _held_predictions(model, cut, _rows(xb, size, n), mixer, n)
         except Exception:
             if n == size: raise
-        else: return all(map(torch.equal, a, b))
+        else: return all(map(_same, a, b))
 
-# %% ../nbs/07_cuts.ipynb #34221926
+# %% ../nbs/07_cuts.ipynb #b344548e
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)
@@ -278,11 +283,12 @@ def choose_cuts(
 )->list: # Of `Cut`, at most one for each depth
     "The block ends nearest to `depths`, as the paper has them for residual networks ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     inner = [c for c in cuts if c.depth < 1]
+    inner = [c for c in inner if not c.looks_up] or inner
     inner = [c for c in inner if len(c.dims) == 1] or inner
     block_ends = {c.depth for c in inner if c.is_block}
-    places = {c.depth: c for c in inner if c.depth in block_ends or not block_ends}
-    chosen = []
+    places,chosen = {c.depth: c for c in inner}.values(),[]
     for depth in depths:
-        nearest = sorted(places.values(), key=lambda c: abs(c.depth-depth))
-        chosen += islice((c for c in nearest if c not in chosen and holds(c)), 1)
+        distance = lambda c: abs(c.depth-depth) + .02*c.name.count('.') + .3*(c.depth not in block_ends)
+        free = (c for c in sorted(places, key=distance) if all(abs(c.depth-o.depth) > .1 for o in chosen))
+        chosen += islice(filter(holds, free), 1)
     return sorted(chosen, key=lambda c: c.depth)

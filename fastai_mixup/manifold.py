@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #3ebbeece
+# %% ../nbs/08_manifold.ipynb #917a987b
 import random
 import sys
 import threading
@@ -30,7 +30,7 @@ from .core import Plan, check_choice, leaves, map_leaves, private_generator
 from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #a311865c
+# %% ../nbs/08_manifold.ipynb #525e9940
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -51,7 +51,7 @@ def _answering(learn):
     for f in _frames():
         if f.f_code is _CALL and f.f_locals.get('self') is learn.model:
             args = f.f_locals['args']
-            return f.f_locals['inner'] if len(args) == len(learn.xb) and all(a is x for a,x in zip(args, learn.xb)) else None
+            return f.f_locals.get('inner', _CALL) if len(args) == len(learn.xb) and all(a is x for a,x in zip(args, learn.xb)) else None
 
 class ArmedLayer:
     "Mixes the output of one layer, in one batch"
@@ -100,7 +100,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #80734364
+# %% ../nbs/08_manifold.ipynb #26dac924
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -149,7 +149,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #72f2aecb
+# %% ../nbs/08_manifold.ipynb #5a062e13
 class ManifoldMixUpCallback(MixCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__)
@@ -180,7 +180,7 @@ class ManifoldMixUpCallback(MixCallback):
         if self.places is None: self._find_places(self.learn.xb, len(self.plan))
         self.place = self.kept_place if self.kept is not None and self.plan is self.kept else self._draw_place()
         if self.place == 'input': return self.mix_inputs()
-        cut = Cut('The model', self.learn.model, [], (), 1., True) if self.place == 'output' else self.place
+        cut = Cut('The model', self.learn.model, [], (), 1.) if self.place == 'output' else self.place
         self.armed = ArmedLayer(self, cut, self.plan)
 
     def check_mixed(self):
@@ -202,13 +202,15 @@ class ManifoldMixUpCallback(MixCallback):
         model = self.learn.model
         if isinstance(model, nn.DataParallel): raise ValueError(
             "ManifoldMixUp cannot mix in a DataParallel model, whose replicas see parts of the batch. Use DistributedDataParallel (`learn.distrib_ctx()`).")
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        return getattr(model, '_orig_mod', model)
+        if hasattr(model, '_orig_mod') or getattr(model, '_compiled_call_impl', None) is not None: raise ValueError(
+            "ManifoldMixUp cannot mix in a compiled model, which ignores hooks that come later. Train it uncompiled; or use `MixUp`, or layers='output'.")
+        return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def _find_places(self, xb, n):
-        model,wanted = self._inner_model(),self.wanted
+        wanted = self.wanted
         if wanted is not None and 'output' in wanted: check_output_mixing(self.learn.loss_func)
         hidden = wanted is None or [o for o in wanted if o != 'output']
+        model = self._inner_model() if hidden else None
         self.cuts = find_cuts(model, xb, n, self.inputs) if hidden else []
         if wanted is None: chosen = choose_cuts(self.cuts, holds=lambda c: knows_nothing_else(model, c, xb, n, self.inputs))
         else: chosen = list({c.name: c for o in wanted if o != 'output' for c in select_cuts(self.cuts, model, o)}.values())
@@ -223,7 +225,7 @@ class ManifoldMixUpCallback(MixCallback):
     def _ensure_places(self):
         if self.places is not None: return
         xb,n = _example(self.learn)
-        model = self._inner_model()
+        model = self.learn.model
         modes = [(m, m.training) for m in model.modules()]
         model.train()
         try: self._find_places(xb, n)
