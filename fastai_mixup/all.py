@@ -7,10 +7,10 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/all.html.md"""
 # %% auto #0
 __all__ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE']
 
-# %% ../nbs/09_all.ipynb #d2b28fc6
+# %% ../nbs/09_all.ipynb #e39dcfd9
 from .callback import MixUp, MixUpCallback
 from .label_smoothing import LabelSmoothingCE
 from .manifold import ManifoldMixUp, ManifoldMixUpCallback
 
-# %% ../nbs/09_all.ipynb #b0bc2bcf
+# %% ../nbs/09_all.ipynb #f32ef617
 _all_ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE']

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 # %% auto #0
 __all__ = ['MixUp', 'MixCallback', 'MixUpCallback']
 
-# %% ../nbs/05_callback.ipynb #d9034804
+# %% ../nbs/05_callback.ipynb #74f52750
 import sys
 
 import torch
@@ -21,7 +21,7 @@ from .core import Plan, check_alpha, check_choice, check_number, draw_plan, leav
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #b81db0dc
+# %% ../nbs/05_callback.ipynb #2456904c
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -166,7 +166,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #21873f70
+# %% ../nbs/05_callback.ipynb #964d13e9
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()

@@ -7,13 +7,13 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/indices.html.md"""
 # %% auto #0
 __all__ = ['Origin', 'DerivedIndex', 'MixedIndex']
 
-# %% ../nbs/03_indices.ipynb #32aafb03
+# %% ../nbs/03_indices.ipynb #613cc10c
 import torch
 from torch import Tensor
 
 from .core import Plan, leaves, map_leaves
 
-# %% ../nbs/03_indices.ipynb #5fa817e7
+# %% ../nbs/03_indices.ipynb #4f1ddb0b
 _JOIN = set('cat concat concatenate stack hstack vstack dstack'.split())
 _REARRANGE = set('''__getitem__ __get__ T t transpose swapaxes swapdims permute movedim moveaxis view reshape flatten ravel unflatten view_as reshape_as
     squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave narrow select index_select take_along_dim gather masked_select

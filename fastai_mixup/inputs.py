@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/inputs.html.md"""
 # %% auto #0
 __all__ = ['input_names', 'check_inputs_option', 'InputMixer']
 
-# %% ../nbs/04_inputs.ipynb #91f7e37a
+# %% ../nbs/04_inputs.ipynb #a6e09944
 import inspect
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .core import Plan, Reused, leaves, map_leaves
 from .indices import MixedIndex
 
-# %% ../nbs/04_inputs.ipynb #c0578f10
+# %% ../nbs/04_inputs.ipynb #a8fb1d08
 def input_names(
     model, # A module; the names come from the arguments of its `forward`
     n:int, # Number of inputs

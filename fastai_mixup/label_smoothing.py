@@ -7,14 +7,14 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/label_smoothing.html.md"""
 # %% auto #0
 __all__ = ['LabelSmoothingCE']
 
-# %% ../nbs/06_label_smoothing.ipynb #acc95502
+# %% ../nbs/06_label_smoothing.ipynb #634d5f7c
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import check_choice, check_number
 from .losses import cross_entropy
 
-# %% ../nbs/06_label_smoothing.ipynb #0f9c9e02
+# %% ../nbs/06_label_smoothing.ipynb #06126b76
 def _flat(loss): return loss.flatten() if loss.ndim else loss
 
 class LabelSmoothingCE(nn.Module):

@@ -7,12 +7,12 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/losses.html.md"""
 # %% auto #0
 __all__ = ['reduce_loss', 'cross_entropy']
 
-# %% ../nbs/01_losses.ipynb #c383b559
+# %% ../nbs/01_losses.ipynb #4fc7c1be
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/01_losses.ipynb #6ffc90fb
+# %% ../nbs/01_losses.ipynb #8246b63f
 class _SparseTargetCE(torch.autograd.Function):
     "`-sum_c t_c * log_softmax(pred)_c` per row, for `t` = `coef` at the classes `idx` + `smooth` * `weight` everywhere"
     @staticmethod
@@ -50,7 +50,7 @@ def _gather(logp, axis, idx):
         found = f"from {idx.min()} to {idx.max()}"
         raise IndexError(f"Targets must be class indices from 0 to {logp.shape[axis]-1} (or `ignore_index`), got {found}") from None
 
-# %% ../nbs/01_losses.ipynb #9011815d
+# %% ../nbs/01_losses.ipynb #b50f8723
 def reduce_loss(
     loss:Tensor, # Loss of each element
     reduction:str, # 'mean', 'sum' or 'none'

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/targets.html.md"""
 __all__ = ['check_targets', 'is_loss', 'is_cross_entropy', 'is_smoothing', 'is_nll', 'is_index', 'blend_targets', 'loss_option',
            'unreduced', 'knows_items', 'mixed_loss']
 
-# %% ../nbs/02_targets.ipynb #a230d8c5
+# %% ../nbs/02_targets.ipynb #c7f1658a
 import copy
 import inspect
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .core import Plan, align, leaves, map_leaves
 from .losses import cross_entropy, reduce_loss
 
-# %% ../nbs/02_targets.ipynb #ef3e8a18
+# %% ../nbs/02_targets.ipynb #d88a2916
 def check_targets(
     yb:tuple, # The targets of a batch
     n:int, # Number of items in the batch
@@ -38,7 +38,7 @@ def check_targets(
         if y.layout != torch.strided or y.ndim == 0 or len(y) != n: raise ValueError(
             f"{name} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} items.")
 
-# %% ../nbs/02_targets.ipynb #1dec98b3
+# %% ../nbs/02_targets.ipynb #827ccaea
 def _inner(loss_func): return loss_func.func if isinstance(loss_func, BaseLoss) else loss_func
 
 def _parts(loss_func):
@@ -59,7 +59,7 @@ def is_cross_entropy(loss_func): return is_loss(loss_func, nn.CrossEntropyLoss, 
 def is_smoothing(loss_func): return is_loss(loss_func, LabelSmoothingCrossEntropy)
 def is_nll(loss_func): return is_loss(loss_func, nn.NLLLoss, F.nll_loss)
 
-# %% ../nbs/02_targets.ipynb #8dbc37ce
+# %% ../nbs/02_targets.ipynb #b22fb9dc
 _LABELS = nn.MultiLabelMarginLoss,nn.HingeEmbeddingLoss,nn.SoftMarginLoss,nn.CosineEmbeddingLoss,nn.MarginRankingLoss
 
 def is_index(
@@ -81,7 +81,7 @@ def blend_targets(
     dtype = torch.promote_types(getattr(pred, 'dtype', torch.float32), torch.float32)
     return map_leaves(lambda y,_: plan.blend(y if y.is_floating_point() or y.is_complex() else y.to(dtype)), yb)
 
-# %% ../nbs/02_targets.ipynb #68404502
+# %% ../nbs/02_targets.ipynb #e9eca1af
 def loss_option(
     loss_func, # A loss function
     name:str, # Such as 'reduction' or 'weight'
@@ -105,7 +105,7 @@ def unreduced(
     res.reduction = 'none'
     return res
 
-# %% ../nbs/02_targets.ipynb #d0821069
+# %% ../nbs/02_targets.ipynb #89b2935f
 _TORCH_LOSSES = 'torch.nn.modules.loss', 'torch.nn.functional', 'fastai.losses'
 
 def knows_items(
@@ -117,7 +117,7 @@ def knows_items(
     home = func.__module__ if inspect.isroutine(func) else type(func).__module__
     return home in _TORCH_LOSSES and loss_option(loss_func, 'reduction') is not None and not is_loss(loss_func, nn.CTCLoss, F.ctc_loss)
 
-# %% ../nbs/02_targets.ipynb #090e9f0c
+# %% ../nbs/02_targets.ipynb #0b36d19e
 def _in_order_of(loss_func, loss):
     "Unreduced losses as `loss_func` arranges them"
     if not isinstance(loss_func, BaseLoss) or loss.ndim == 0: return loss

@@ -1,4 +1,5 @@
 "Notebooks, package, README and configuration agree"
+import json
 import re
 import subprocess
 import sys
@@ -56,3 +57,8 @@ def test_the_example_runs(tmp_path):
     result = run(sys.executable, 'examples/digits.py', '--seeds', '2', '--epochs', '1', '--n-train', '50', '--out', str(tmp_path/'a.png'), cwd=root)
     assert result.returncode == 0, result.stderr
     assert 'ManifoldMixUp(1)' in result.stdout and (tmp_path/'a.png').stat().st_size > 10_000
+
+
+def test_stored_outputs_are_no_warnings():
+    cells = [cell for p in (root/'nbs').glob('*.ipynb') for cell in json.loads(p.read_text(encoding='utf-8'))['cells']]
+    assert not [o for cell in cells for o in cell.get('outputs', []) if o.get('name') == 'stderr']
