@@ -102,6 +102,8 @@ def main(
 ):
     "Compare MixUp, ManifoldMixUp and LabelSmoothingCE with plain training on handwritten digits"
     if data not in ('noisy', 'clean'): raise SystemExit(f"--data must be 'noisy' or 'clean', got {data!r}")
+    if epochs < 1: raise SystemExit(f"--epochs must be at least 1, got {epochs}")
+    if Path(out).suffix not in ('.png', '.pdf', '.svg'): raise SystemExit(f"--out must be a file name that ends with .png, .pdf or .svg, got {out!r}")
     if seeds < 2: raise SystemExit(f"--seeds must be at least 2, got {seeds}")
     if not 50 <= n_train <= 1700: raise SystemExit(f"--n-train must be from 50 to 1700, got {n_train}")
     try: MixUp(alpha)
@@ -114,5 +116,5 @@ def main(
         scores[name].append(run(seed, *methods(alpha)[name], train, test, epochs))
     print(f"\n{n_train} digits, {noise:.0%} of the labels redrawn at random, {epochs} epochs, {seeds} seeds; mean ± sd, gain paired by seed\n")
     print(table(scores))
-    picture(scores, alpha, digits(0, n_train, 0.)[0], f'{n_train} digits, {noise:.0%} of labels redrawn: each line is a seed', Path(out))
+    picture(scores, alpha, digits(0, n_train, noise)[0], f'{n_train} digits, {noise:.0%} of labels redrawn: each line is a seed', Path(out))
     print(f"\nPicture: {out}")

@@ -7,10 +7,10 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/all.html.md"""
 # %% auto #0
 __all__ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE']
 
-# %% ../nbs/09_all.ipynb #e39dcfd9
+# %% ../nbs/09_all.ipynb #31d08002
 from .callback import MixUp, MixUpCallback
 from .label_smoothing import LabelSmoothingCE
 from .manifold import ManifoldMixUp, ManifoldMixUpCallback
 
-# %% ../nbs/09_all.ipynb #f32ef617
+# %% ../nbs/09_all.ipynb #f7d3e07d
 _all_ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE']

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 # %% auto #0
 __all__ = ['MixUp', 'MixCallback', 'MixUpCallback']
 
-# %% ../nbs/05_callback.ipynb #74f52750
+# %% ../nbs/05_callback.ipynb #17c953b7
 import sys
 
 import torch
@@ -21,7 +21,7 @@ from .core import Plan, check_alpha, check_choice, check_number, draw_plan, leav
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #2456904c
+# %% ../nbs/05_callback.ipynb #59aae87c
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -39,7 +39,7 @@ class MixCallback(Callback):
         p:float=1., # Share of the batches that are mixed, in [0, 1]
         fold:bool=True, # Keep at least half of each item, by lam = max(lam, 1-lam)?
         per:str='item', # 'item' draws a lam for each item, where the loss allows it; 'batch' one that all items of a batch share
-        inputs=None, # Position, name, or list of these, of the inputs to mix; `None` for all that can be
+        inputs=None, # Position, name, or list of these, of the inputs to mix; `None` for all that can be, except masks
         stateful:bool|None=None, # Keep one plan per epoch, for models that carry hidden state on? `None`: if the data is an `LMDataLoader`
         generator:torch.Generator|None=None, # On the CPU; `None` for one seeded at each fit from torch's state, which it leaves as it is
     ):
@@ -49,6 +49,8 @@ class MixCallback(Callback):
         self.inputs,self.stateful = check_inputs_option(inputs),check_choice('stateful', stateful, (None, True, False))
         self.generator = _check_generator(generator)
         self._init_state()
+
+    def __repr__(self): return f'{type(self).__name__}(alpha={self.alpha:g})'
 
     def _init_state(self):
         super()._init_state()
@@ -124,6 +126,7 @@ class MixCallback(Callback):
         pred, # Predictions for the running batch
     )->Tensor:
         "The loss of the running batch, against its mixed targets; where nothing is mixed, the plain loss"
+        if not hasattr(self.learn, 'xb') or self.learn.xb == (None,): raise RuntimeError("No batch is running: there is no loss to take")
         yb = self.held if self.held else self.learn.yb
         return self.learn.loss_func(pred, *yb) if self.plan is None else mixed_loss(self.learn.loss_func, pred, yb, self.plan)
 
@@ -154,8 +157,12 @@ class MixCallback(Callback):
         if self.held is not None: self._give_back()
         self.plan,self.mixed,self.order = None,None,type(self).order
 
-    def mix(self): raise NotImplementedError
-    def check_mixed(self): pass
+    def mix(self):
+        "Mix the running batch by `self.plan`, or prepare to: what a subclass defines"
+        raise NotImplementedError
+
+    def check_mixed(self):
+        "Raise an error if, after the forward pass, something was not mixed that had to be: what a subclass may define"
 
     def mix_inputs(self):
         "Mix the inputs of the running batch by its plan"
@@ -166,7 +173,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #964d13e9
+# %% ../nbs/05_callback.ipynb #dd6e38ec
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()

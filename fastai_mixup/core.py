@@ -9,7 +9,7 @@ __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'check_number', 'check_choice', 'check_alph
            'draw_rotation', 'perm_index', 'partners', 'align', 'blend', 'Reused', 'Plan', 'draw_plan', 'map_leaves',
            'leaves']
 
-# %% ../nbs/00_core.ipynb #f42fa96f
+# %% ../nbs/00_core.ipynb #064d2a71
 import copy
 import hashlib
 import sys
@@ -20,7 +20,7 @@ import torch
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #50afca2e
+# %% ../nbs/00_core.ipynb #789480d7
 ALPHA_MIN, ALPHA_MAX = 1e-9, 1e9
 
 def check_number(
@@ -30,12 +30,12 @@ def check_number(
     high:float, # Largest allowed value
     or_zero:bool=False, # Is 0 allowed too, below `low`?
 ):
-    "Return `value`, or raise a `TypeError` or `ValueError` that names the argument, its range and what was received"
+    "Return `value` as a float, or raise a `TypeError` or `ValueError` that names the argument, its range and what was received"
     allowed = f"{'0 or ' if or_zero else ''}a number from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     if not (low <= value <= high or (or_zero and value == 0)): raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return value
+    return float(value)
 
 def check_choice(
     name:str, # Name of the argument, for the message
@@ -50,7 +50,7 @@ def check_alpha(alpha):
     "Return `alpha`, the parameter of Beta(alpha, alpha): 0 for no mixing, or a number from 1e-9 to 1e9"
     return check_number('alpha', alpha, ALPHA_MIN, ALPHA_MAX, or_zero=True)
 
-# %% ../nbs/00_core.ipynb #3de4452b
+# %% ../nbs/00_core.ipynb #57ccd488
 def private_generator(
     *salt, # Anything printable that tells this stream from others, such as a name and a rank
 )->torch.Generator: # On the CPU
@@ -59,7 +59,7 @@ def private_generator(
     seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), 'little')
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #32fa27d1
+# %% ../nbs/00_core.ipynb #6d919e14
 def draw_lam(
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
     n:int=1, # Number of draws
@@ -72,7 +72,7 @@ def draw_lam(
     logit = log_gamma[0] - log_gamma[1]
     return torch.sigmoid(logit.abs_() if fold else logit).float()
 
-# %% ../nbs/00_core.ipynb #1b6198a7
+# %% ../nbs/00_core.ipynb #3ea9fe26
 def draw_rotation(
     n:int, # Number of items, at least 2
     generator:torch.Generator|None=None, # On the CPU; `None` is torch's global one
@@ -97,7 +97,7 @@ def partners(
     "`x` with each row replaced by its partner's"
     return x.roll(-perm, dim) if isinstance(perm, int) else x.index_select(dim, perm.to(x.device))
 
-# %% ../nbs/00_core.ipynb #694bb313
+# %% ../nbs/00_core.ipynb #df9bb6ca
 def align(
     lam:Tensor, # One weight per row, shape (n,)
     x:Tensor, # The tensor whose rows are weighted
@@ -153,7 +153,7 @@ def blend(
     with torch._C.DisableTorchFunctionSubclass(): res = _blend(x.as_subclass(Tensor), lam, perm, dim, out)
     return retain_type(res, x)
 
-# %% ../nbs/00_core.ipynb #681faec1
+# %% ../nbs/00_core.ipynb #bb7160c0
 _holders = getattr(torch._C, '_storage_Use_Count', None)
 
 class Reused:
@@ -178,7 +178,7 @@ class Reused:
             self.stride,self.alone = x.stride(),self._count()
         return self.kept.detach()
 
-# %% ../nbs/00_core.ipynb #827dbf39
+# %% ../nbs/00_core.ipynb #0c735139
 class Plan:
     "One draw for one batch: row `i` keeps `lam[i]` of itself and takes the rest from row `perm[i]`"
     def __init__(self,
@@ -207,7 +207,7 @@ def draw_plan(
     lam = draw_lam(alpha, n, fold, generator) if per == 'item' else draw_lam(alpha, 1, fold, generator).repeat(n)
     return Plan(lam.to(device, non_blocking=True), draw_rotation(n, generator))
 
-# %% ../nbs/00_core.ipynb #a395fb01
+# %% ../nbs/00_core.ipynb #52fbadec
 def map_leaves(
     f:callable, # Called as `f(leaf, path)`; its result takes the place of the leaf
     o, # A tensor, or tuples, lists and mappings of such, nested at will

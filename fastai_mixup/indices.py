@@ -7,13 +7,13 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/indices.html.md"""
 # %% auto #0
 __all__ = ['Origin', 'DerivedIndex', 'MixedIndex']
 
-# %% ../nbs/03_indices.ipynb #613cc10c
+# %% ../nbs/03_indices.ipynb #b74cb2b7
 import torch
 from torch import Tensor
 
 from .core import Plan, leaves, map_leaves
 
-# %% ../nbs/03_indices.ipynb #4f1ddb0b
+# %% ../nbs/03_indices.ipynb #507df15b
 _JOIN = set('cat concat concatenate stack hstack vstack dstack'.split())
 _REARRANGE = set('''__getitem__ __get__ T t transpose swapaxes swapdims permute movedim moveaxis view reshape flatten ravel unflatten view_as reshape_as
     squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave narrow select index_select take_along_dim gather masked_select
@@ -60,6 +60,9 @@ class _Tracked(Tensor):
             return _follow(func, name, args, kwargs, tracked)
 
     def _floats(self, own, name):
+        if name in ('cross_entropy', 'nll_loss', 'binary_cross_entropy_with_logits'): raise ValueError(
+            f"{self.origins[0].label} holds the labels of a loss that the model computes itself, where they cannot be mixed. Let the model "
+            "return its predictions, make the labels a target of the data, and give the Learner a loss function.")
         raise ValueError(
             f"{self.origins[0].label} holds integers, and reaches `{name}`, which turns them into floats: only the output of an embedding "
             "can be mixed. If it holds numbers, make it a float tensor in your data; if every item is to keep its own, choose the others "

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/inputs.html.md"""
 # %% auto #0
 __all__ = ['input_names', 'check_inputs_option', 'InputMixer']
 
-# %% ../nbs/04_inputs.ipynb #a6e09944
+# %% ../nbs/04_inputs.ipynb #c61813f9
 import inspect
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .core import Plan, Reused, leaves, map_leaves
 from .indices import MixedIndex
 
-# %% ../nbs/04_inputs.ipynb #a8fb1d08
+# %% ../nbs/04_inputs.ipynb #cf8024ff
 def input_names(
     model, # A module; the names come from the arguments of its `forward`
     n:int, # Number of inputs
@@ -69,7 +69,7 @@ class InputMixer:
     ):
         "Raise a `TypeError` or `ValueError` that names the first input that cannot be mixed, or says that there is none that can"
         if any(self.rule(x, path, n) != 'keep' for x,path in leaves(xb)) or self._undecided(xb): return self
-        raise ValueError("None of the inputs can be mixed: " + ', '.join(f"{_label(path, self.names)} is a {self._kind(x)}" for x,path in leaves(xb)))
+        raise ValueError("None of the inputs can be mixed (masks, booleans and what `inputs=` leaves out keep their own): " + ', '.join(f"{_label(path, self.names)} is a {self._kind(x)}" for x,path in leaves(xb)))
 
     def _known_as(self, path): return {path[0], self.names[path[0]], *(k for k in path[1:] if isinstance(k, str))}
 
@@ -90,7 +90,7 @@ class InputMixer:
         if not isinstance(x, Tensor) or isinstance(x, TensorPoint): raise TypeError(
             f"{label} is a {type(x).__name__}, which cannot be mixed. Encode it as a tensor, or choose the others by `inputs=`.")
         number = x.is_floating_point() or x.is_complex()
-        if _is_mask(x, path, self.names): return 'keep'
+        if _is_mask(x, path, self.names) and (self.inputs is None or x.dtype == torch.bool): return 'keep'
         if number and self.additive_mask.get(path) is None: self.additive_mask[path] = _is_additive_mask(x)
         if number and self.additive_mask[path] is not False: return 'keep'
         if not number and x.numel() == 0: return 'keep'

@@ -7,14 +7,14 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/label_smoothing.html.md"""
 # %% auto #0
 __all__ = ['LabelSmoothingCE']
 
-# %% ../nbs/06_label_smoothing.ipynb #634d5f7c
+# %% ../nbs/06_label_smoothing.ipynb #2223ea9f
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import check_choice, check_number
-from .losses import cross_entropy
+from .losses import cross_entropy, fit_target
 
-# %% ../nbs/06_label_smoothing.ipynb #06126b76
+# %% ../nbs/06_label_smoothing.ipynb #7e62e34c
 def _flat(loss): return loss.flatten() if loss.ndim else loss
 
 class LabelSmoothingCE(nn.Module):
@@ -51,9 +51,7 @@ class LabelSmoothingCE(nn.Module):
         lam:Tensor|None=None, # Weight of `target`, in [0, 1], shape of `target`; the partner has 1-lam
     )->Tensor:
         "The loss against `lam` parts of `target` and `1-lam` of `partner`, smoothed once"
-        shape = list(pred.shape)
-        del shape[self.axis]
-        target,partner,lam = (None if o is None else o.reshape(shape) for o in (target, partner, lam))
+        target,partner,lam = (None if o is None else fit_target(o, pred, self.axis, flatten=True) for o in (target, partner, lam))
         return _flat(cross_entropy(pred, target, partner, lam, self.weight, self.ignore_index, self.reduction, self.eps, self.axis,
                                    empty_is_zero=True))
 

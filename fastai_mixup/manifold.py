@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #9ea133bf
+# %% ../nbs/08_manifold.ipynb #c7b39a5e
 import random
 import sys
 import threading
@@ -30,7 +30,7 @@ from .core import Plan, check_choice, leaves, map_leaves, private_generator
 from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #e1d86387
+# %% ../nbs/08_manifold.ipynb #a83cb2fc
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -100,7 +100,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #468b665f
+# %% ../nbs/08_manifold.ipynb #d91cc863
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -127,7 +127,7 @@ def select_cuts(
     name = getattr(wanted, '__name__', type(wanted).__name__ if isinstance(wanted, nn.Module) else repr(wanted))
     why = ("would leave part of the signal unmixed: some path from the inputs to the prediction goes past it, or crosses it more than once"
            if exists else "is not in the model")
-    raise ValueError(f"layers: {name} {why}. Layers that can be mixed: {', '.join(c.name for c in cuts) or 'none'}")
+    raise ValueError(f"layers: {name} {why}. Layers that can be mixed: {', '.join([*(c.name for c in cuts), 'output'])}")
 
 @contextmanager
 def _same_draws(dl):
@@ -149,7 +149,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #84c215c2
+# %% ../nbs/08_manifold.ipynb #4ee02cf4
 class ManifoldMixUpCallback(MixCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__)
@@ -224,6 +224,7 @@ class ManifoldMixUpCallback(MixCallback):
 
     def _ensure_places(self):
         if self.places is not None: return
+        self._check_learner()
         xb,n = _example(self.learn)
         model = self.learn.model
         modes = [(m, m.training) for m in model.modules()]
@@ -232,18 +233,24 @@ class ManifoldMixUpCallback(MixCallback):
         finally:
             for m,training in modes: m.training = training
 
+    def _check_learner(self):
+        if self.learn is None: raise RuntimeError(f"{self} belongs to no Learner yet: its layers are those of a Learner's model")
+
     @property
     def layers(self):
         "The hidden layers in use, a list of modules"
-        self._ensure_places()
+        try: self._ensure_places()
+        except AttributeError as e: raise RuntimeError(f"The layers of the model could not be found: {e}") from e
         return [c.module for c in self.places if isinstance(c, Cut)]
 
     def candidates(self):
         "Print the layers that can be mixed: name, type, shape of the output, share of the depth, and whether it is in use"
-        self._ensure_places()
-        chosen = [c.name for c in self.places if isinstance(c, Cut)]
-        cuts = self.cuts or find_cuts(self._inner_model(), *_example(self.learn), self.inputs)
-        rows = [(c.name, type(c.module).__name__, ' x '.join(map(str, c.shape)), f'{c.depth:.0%}', 'yes' if c.name in chosen else '') for c in cuts]
+        self._check_learner()
+        xb,n = _example(self.learn)
+        cuts = find_cuts(self._inner_model(), xb, n, self.inputs)
+        try: chosen = self.layers
+        except ValueError: chosen = []
+        rows = [(c.name, type(c.module).__name__, ' x '.join(map(str, c.shape)), f'{c.depth:.0%}', 'yes' if c.module in chosen else '') for c in cuts]
         print(pd.DataFrame(rows, columns=['name', 'type', 'output', 'depth', 'chosen']).to_string(index=False))
 
 ManifoldMixUp = ManifoldMixUpCallback
