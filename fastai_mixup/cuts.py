@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #7553eeb8
+# %% ../nbs/07_cuts.ipynb #1d9eebb4
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from .core import leaves, map_leaves
 from .indices import MixedIndex
 from .inputs import InputMixer
 
-# %% ../nbs/07_cuts.ipynb #6b026fec
+# %% ../nbs/07_cuts.ipynb #783828d5
 def _items(v): return dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None
 def _snapshot(module): return {k: (v, _items(v)) for k,v in module.__dict__.items()}
 
@@ -54,7 +54,7 @@ def untouched(
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/07_cuts.ipynb #d4533751
+# %% ../nbs/07_cuts.ipynb #8fa4271e
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -98,6 +98,16 @@ class Call:
 def _has_own_parameters(module): return next(module.parameters(recurse=False), None) is not None
 
 @contextmanager
+def _hooked(hook):
+    "Call `hook` after each forward pass of any module; an interruption on any line leaves nothing behind"
+    handles = []
+    try:
+        handles.append(register_module_forward_hook(hook))
+        yield
+    finally:
+        for h in handles: h.remove()
+
+@contextmanager
 def _watching(model):
     "Record the calls of all layers, in the order in which they answer"
     calls,depth,layers = {},0,set(model.modules()) - {model}
@@ -112,9 +122,7 @@ def _watching(model):
             call.nodes[path],call.shapes[path] = o.grad_fn,o.shape
             return o
         return map_leaves(clone, out)
-    handle = register_module_forward_hook(hook)
-    try: yield calls
-    finally: handle.remove()
+    with _hooked(hook): yield calls
 
 class PathCounts:
     "Counts the paths from `source` to `pred` in the autograd graph"
@@ -165,7 +173,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #c3550dc1
+# %% ../nbs/07_cuts.ipynb #02b4a83f
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -225,7 +233,7 @@ def find_cuts(
         cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, n_layers < 2 and first[0].looks_up))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #cc6eb5e3
+# %% ../nbs/07_cuts.ipynb #2982c78f
 def _copy(o, _): return o.clone() if isinstance(o, Tensor) else o
 def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
 
@@ -240,9 +248,7 @@ def _constant(module):
         at += 1
         return map_leaves(_copy, answers[at-1])
     def again(): nonlocal at; at = 0
-    handle = register_module_forward_hook(hook)
-    try: yield again
-    finally: handle.remove()
+    with _hooked(hook): yield again
 
 def _others(xb, n, mixer):
     "`xb` with the rows of what is mixed moved on by one"
@@ -275,7 +281,7 @@ def knows_nothing_else(
             if n == size: raise
         else: return all(map(_same, a, b))
 
-# %% ../nbs/07_cuts.ipynb #78ead311
+# %% ../nbs/07_cuts.ipynb #01d477d9
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #c7b39a5e
+# %% ../nbs/08_manifold.ipynb #6fae1903
 import random
 import sys
 import threading
@@ -30,7 +30,7 @@ from .core import Plan, check_choice, leaves, map_leaves, private_generator
 from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #a83cb2fc
+# %% ../nbs/08_manifold.ipynb #7d4989c8
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -55,12 +55,14 @@ def _answering(learn):
 
 class ArmedLayer:
     "Mixes the output of one layer, in one batch"
+    owner = call = staticmethod(lambda: None)
+
     def __init__(self,
         owner:MixCallback, # Whose Learner is about to run the batch
         cut:Cut, # The layer; without `dims`, all its floats that have a row per item are mixed
         plan:Plan, # Who is mixed with whom
     ):
-        self.cut,self.plan,self.call,self.calls = cut,plan,lambda: None,0
+        self.cut,self.plan,self.calls = cut,plan,0
         self.handle = handle = register_module_forward_hook(self)
         self.owner = weakref.ref(owner, lambda _: handle.remove())
 
@@ -100,7 +102,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #d91cc863
+# %% ../nbs/08_manifold.ipynb #783eb5e5
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -149,7 +151,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #4ee02cf4
+# %% ../nbs/08_manifold.ipynb #559bc6ff
 class ManifoldMixUpCallback(MixCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__)

@@ -181,7 +181,7 @@ class InterruptOurs:
 def test_interrupt_at_any_line(kind):
     learn = learner(kind)
     with InterruptOurs() as lines: learn.fit(1)
-    for nth in range(1, lines.n, 11):
+    for nth in range(1, lines.n, 7):
         learn = learner(kind)
         with pytest.raises(KeyboardInterrupt), InterruptOurs(nth): learn.fit(1)
         learn.oracle.take()
