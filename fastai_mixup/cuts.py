@@ -7,8 +7,9 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #1d9eebb4
+# %% ../nbs/07_cuts.ipynb #a0161bfa
 import random
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,7 +23,7 @@ from .core import leaves, map_leaves
 from .indices import MixedIndex
 from .inputs import InputMixer
 
-# %% ../nbs/07_cuts.ipynb #783828d5
+# %% ../nbs/07_cuts.ipynb #2de18a81
 def _items(v): return dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None
 def _snapshot(module): return {k: (v, _items(v)) for k,v in module.__dict__.items()}
 
@@ -54,7 +55,7 @@ def untouched(
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/07_cuts.ipynb #8fa4271e
+# %% ../nbs/07_cuts.ipynb #9039d18f
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -100,12 +101,10 @@ def _has_own_parameters(module): return next(module.parameters(recurse=False), N
 @contextmanager
 def _hooked(hook):
     "Call `hook` after each forward pass of any module; an interruption on any line leaves nothing behind"
-    handles = []
-    try:
-        handles.append(register_module_forward_hook(hook))
-        yield
-    finally:
-        for h in handles: h.remove()
+    frame_lives = set() # dies with this frame, even where the clean-up below is interrupted
+    remove = weakref.finalize(frame_lives, register_module_forward_hook(hook).remove)
+    try: yield
+    finally: remove()
 
 @contextmanager
 def _watching(model):
@@ -173,7 +172,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #02b4a83f
+# %% ../nbs/07_cuts.ipynb #b8ea84d7
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -233,7 +232,7 @@ def find_cuts(
         cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, n_layers < 2 and first[0].looks_up))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #2982c78f
+# %% ../nbs/07_cuts.ipynb #20ff15f2
 def _copy(o, _): return o.clone() if isinstance(o, Tensor) else o
 def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
 
@@ -281,7 +280,7 @@ def knows_nothing_else(
             if n == size: raise
         else: return all(map(_same, a, b))
 
-# %% ../nbs/07_cuts.ipynb #01d477d9
+# %% ../nbs/07_cuts.ipynb #5f0d2151
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)
