@@ -7,8 +7,9 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 # %% auto #0
 __all__ = ['MixUp', 'MixCallback', 'MixUpCallback']
 
-# %% ../nbs/05_callback.ipynb #17c953b7
+# %% ../nbs/05_callback.ipynb #4c01edac
 import sys
+from itertools import chain
 
 import torch
 from fastai.callback.core import Callback, _inner_loop
@@ -17,11 +18,11 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from torch import Tensor
 
-from .core import Plan, check_alpha, check_choice, check_number, draw_plan, leaves, private_generator
+from .core import DrawnAhead, check_alpha, check_choice, check_number, leaves, plainly, private_generator
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #59aae87c
+# %% ../nbs/05_callback.ipynb #4c2daaf7
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -32,7 +33,7 @@ def _check_generator(generator):
 class MixCallback(Callback):
     "Base of the mixing callbacks: draws a plan for each training batch, and takes the loss against the mixed targets"
     order,run_valid = 8,False
-    _stateattrs = 'order','plan','held','mixed','kept','rng','mixer'
+    _stateattrs = 'order','plan','held','mixed','kept','draws','mixer'
 
     def __init__(self,
         alpha:float=0.4, # Parameter of Beta(alpha, alpha): 0 for no mixing, or from 1e-9 to 1e9; larger mixes more
@@ -54,9 +55,12 @@ class MixCallback(Callback):
 
     def _init_state(self):
         super()._init_state()
-        self.plan = self.held = self.mixed = self.kept = self.rng = self.mixer = None
+        self.plan = self.held = self.mixed = self.kept = self.draws = self.mixer = None
 
     __setattr__ = object.__setattr__ # without the search for attributes of the same name in Learner and model
+
+    @property
+    def training(self): return self.learn.training
 
     def __call__(self, event_name):
         "Answer to the Learner it belongs to; refuse to train another"
@@ -66,7 +70,7 @@ class MixCallback(Callback):
             elif event_name == 'before_train' or (event_name in _inner_loop and caller.training): raise RuntimeError(
                 f"This {self} has been given to another Learner since. Give each Learner an instance of its own.")
             else: return
-        return super().__call__(event_name)
+        if hasattr(type(self), event_name) or event_name in self.__dict__: return super().__call__(event_name)
 
     def before_fit(self):
         "Refuse company that would mix twice; seed the private generator and look at the inputs anew with the first batch"
@@ -126,24 +130,25 @@ class MixCallback(Callback):
         pred, # Predictions for the running batch
     )->Tensor:
         "The loss of the running batch, against its mixed targets; where nothing is mixed, the plain loss"
-        if not hasattr(self.learn, 'xb') or self.learn.xb == (None,): raise RuntimeError("No batch is running: there is no loss to take")
+        if [type(x) for x in getattr(self.learn, 'xb', (None,))] == [type(None)]: raise RuntimeError("No batch is running: there is no loss to take")
         yb = self.held if self.held else self.learn.yb
         return self.learn.loss_func(pred, *yb) if self.plan is None else mixed_loss(self.learn.loss_func, pred, yb, self.plan)
 
+    @plainly
     def _next_plan(self):
         n,device = self._items()
         if self.alpha == 0 or self.p == 0 or n < 2: return None
         if self.kept is not None and len(self.kept) == n: return self.kept
-        if self.rng is None: self.rng = self.generator or private_generator('mixing', rank_distrib())
-        if torch.rand((), generator=self.rng) >= self.p: return None
+        if self.draws is None: self.draws = DrawnAhead(self.generator or private_generator('mixing', rank_distrib()))
+        if self.p < 1 and torch.rand((), generator=self.draws.generator) >= self.p: return None
         integers = any(isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex()) for y,_ in leaves(self.learn.yb))
         shared = self.per == 'batch' or (integers and not knows_items(self.learn.loss_func))
-        return draw_plan(self.alpha, n, self.fold, 'batch' if shared else 'item', self.rng, device)
+        return self.draws.next(self.alpha, n, self.fold, 'batch' if shared else 'item', device)
 
     def _items(self):
         batch = *self.learn.yb,*self.learn.xb
-        found = [o for o in (*batch, *(o for o,_ in leaves(batch))) if isinstance(o, Tensor) and o.ndim]
-        return (len(found[0]), found[0].device) if found else (0, None)
+        found = (o for o in chain(batch, (o for o,_ in leaves(batch))) if isinstance(o, Tensor) and o.ndim)
+        return next(((len(o), o.device) for o in found), (0, None))
 
     def _carries_state(self):
         if self.stateful is not None: return self.stateful
@@ -173,7 +178,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #dd6e38ec
+# %% ../nbs/05_callback.ipynb #b224b551
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()

@@ -7,14 +7,14 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/label_smoothing.html.md"""
 # %% auto #0
 __all__ = ['LabelSmoothingCE']
 
-# %% ../nbs/06_label_smoothing.ipynb #2223ea9f
+# %% ../nbs/06_label_smoothing.ipynb #7d68f9ed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import check_choice, check_number
+from .core import check_choice, check_number, plainly
 from .losses import cross_entropy, fit_target
 
-# %% ../nbs/06_label_smoothing.ipynb #7e62e34c
+# %% ../nbs/06_label_smoothing.ipynb #e4428172
 def _flat(loss): return loss.flatten() if loss.ndim else loss
 
 class LabelSmoothingCE(nn.Module):
@@ -37,6 +37,7 @@ class LabelSmoothingCE(nn.Module):
         self.ignore_index,self.axis = ignore_index,axis
         self.register_buffer('weight', weight, persistent=False)
 
+    @plainly
     def forward(self,
         pred:Tensor, # Logits of any shape, classes along `axis`
         target:Tensor, # Class indices, one for each place of `pred` without `axis`; or probabilities, shape of `pred`
@@ -44,6 +45,7 @@ class LabelSmoothingCE(nn.Module):
         "The smoothed loss, 0 where every target is ignored. An index that is no class raises an `IndexError`"
         return self._soft(pred, target) if target.is_floating_point() else self.mixed(pred, target)
 
+    @plainly
     def mixed(self,
         pred:Tensor, # Logits of any shape, classes along `axis`
         target:Tensor, # Class indices, one for each place of `pred` without `axis`

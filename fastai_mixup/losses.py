@@ -1,4 +1,4 @@
-"""The cross-entropy of mixed targets, from one log-softmax.
+"""The cross-entropy of mixed targets, from one softmax.
 
 Docs: https://fastai-mixup.github.io/fastai_mixup/losses.html.md"""
 
@@ -7,63 +7,74 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/losses.html.md"""
 # %% auto #0
 __all__ = ['reduce_loss', 'fit_target', 'cross_entropy']
 
-# %% ../nbs/01_losses.ipynb #5d5dbc4b
+# %% ../nbs/01_losses.ipynb #388d8811
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/01_losses.ipynb #5e744371
+from .core import plainly
+
+# %% ../nbs/01_losses.ipynb #13e3b5a4
 class _SparseTargetCE(torch.autograd.Function):
-    "`-sum_c t_c * log_softmax(pred)_c` per row, for `t` = `coef` at the classes `idx` + `smooth` * `weight` everywhere"
+    "`-sum_c t_c * log_softmax(pred)_c` for `t` = `coef` at the classes `idx` + `smooth` * `weight` everywhere: of each row, or their sum over `total`"
     @staticmethod
-    def forward(ctx, pred, axis, idx, coef, smooth, weight):
-        logp = F.log_softmax(pred, axis, dtype=torch.promote_types(pred.dtype, torch.float32))
-        loss = -(_gather(logp, axis, idx) * coef).sum(axis)
-        if smooth is not None: loss -= smooth * (logp if weight is None else logp*weight).sum(axis)
-        ctx.axis = axis
-        ctx.save_for_backward(pred, logp, idx, coef, smooth, weight)
-        return loss
+    def forward(ctx, pred, axis, idx, coef, smooth, weight, total, divisor):
+        probs = F.softmax(pred, axis, dtype=coef.dtype)
+        top,log_top = pred.amax(axis, keepdim=True).to(coef.dtype),probs.amax(axis, keepdim=True).log_()
+        dims = axis if total is None else None
+        loss = ((top - _gather(pred, axis, idx) - log_top)*coef).sum(dims)
+        if smooth is not None: loss -= (smooth*_sum_of_logs(pred, axis, top - log_top, weight)).sum(dims)
+        ctx.axis,ctx.probs = axis,probs if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(pred, idx, coef, smooth, weight, divisor)
+        return loss if total is None else loss/total
 
     @staticmethod
     def backward(ctx, g):
-        pred,logp,idx,coef,smooth,weight = ctx.saved_tensors
-        axis,g = ctx.axis,g.unsqueeze(ctx.axis)
-        total = coef.sum(axis, keepdim=True)
+        pred,idx,coef,smooth,weight,divisor = ctx.saved_tensors
+        axis = ctx.axis
+        g = g.unsqueeze(axis) if divisor is None else g/divisor
+        at_idx = g*coef
+        whole = at_idx.sum(axis, keepdim=True)
         if smooth is not None:
-            smooth = smooth.unsqueeze(axis)
-            total = total + smooth*(logp.shape[axis] if weight is None else weight.sum())
-            if weight is not None: smooth = smooth*weight
-        if torch.is_grad_enabled(): grad = g*_difference(F.softmax(pred, axis, dtype=logp.dtype), total, axis, idx, coef, smooth)
+            everywhere = g*smooth
+            whole = whole + everywhere*(pred.shape[axis] if weight is None else weight.sum())
+            if weight is not None: everywhere = everywhere*weight
+        if torch.is_grad_enabled():
+            grad = (F.softmax(pred, axis, dtype=coef.dtype)*whole).scatter_add(axis, idx, -at_idx)
+            if smooth is not None: grad = grad - everywhere
         else:
-            grad = logp.exp().mul_(g*total).scatter_add_(axis, idx, -g*coef)
-            if smooth is not None: grad -= g*smooth
-        return grad.to(pred.dtype), None, None, None, None, None
+            grad = _take_probs(ctx, pred, coef.dtype).mul_(whole).scatter_add_(axis, idx, -at_idx)
+            if smooth is not None: grad -= everywhere
+        return grad.to(pred.dtype), *[None]*7
 
-def _difference(probs, total, axis, idx, coef, smooth):
-    diff = (probs*total).scatter_add(axis, idx, -coef)
-    return diff if smooth is None else diff - smooth
+def _sum_of_logs(pred, axis, log_sum, weight):
+    if weight is None: return pred.sum(axis, keepdim=True, dtype=log_sum.dtype) - log_sum*pred.shape[axis]
+    return (pred*weight).sum(axis, keepdim=True) - log_sum*weight.sum()
 
-def _gather(logp, axis, idx):
-    try: return logp.gather(axis, idx)
+def _take_probs(ctx, pred, dtype):
+    "Probabilities that may be written over"
+    probs,ctx.probs = ctx.probs,None
+    return F.softmax(pred, ctx.axis, dtype=dtype) if probs is None else probs
+
+def _gather(pred, axis, idx):
+    try: return pred.gather(axis, idx)
     except RuntimeError as e:
         if 'out of bounds' not in str(e): raise
         found = f"from {idx.min()} to {idx.max()}"
-        raise IndexError(f"Targets must be class indices from 0 to {logp.shape[axis]-1} (or `ignore_index`), got {found}") from None
+        raise IndexError(f"Targets must be class indices from 0 to {pred.shape[axis]-1} (or `ignore_index`), got {found}") from None
 
-# %% ../nbs/01_losses.ipynb #e5fa4f21
+# %% ../nbs/01_losses.ipynb #0e1a76a8
 def reduce_loss(
     loss:Tensor, # Loss of each element
     reduction:str, # 'mean', 'sum' or 'none'
     weight:Tensor|None=None, # Weight that each element has in the mean, already applied to `loss`
-    empty_is_zero:bool=False, # Is the mean 0, instead of nan, where all the weights are 0?
 )->Tensor: # A scalar, or for 'none' the shape of `loss`
     "Reduce `loss` as torch does: a weighted mean divides by the sum of the weights"
     if reduction == 'none': return loss
     if reduction == 'sum': return loss.sum()
     if weight is None: return loss.mean()
     total = weight.sum()
-    mean = loss.sum() / total.where(total != 0, 1)
-    return mean if empty_is_zero else mean.masked_fill(total == 0, torch.nan)
+    return (loss.sum() / total.where(total != 0, 1)).masked_fill(total == 0, torch.nan)
 
 def fit_target(
     target:Tensor, # Class indices
@@ -83,6 +94,15 @@ def _check_weight(weight, n):
     if weight.shape != (n,): raise ValueError(f"weight must hold one number per class, shape ({n},), got shape {tuple(weight.shape)}")
     return weight
 
+_SMALL = 1e-30 # less than any total of weights but 0, and its inverse times the scale of a gradient is still a number
+
+def _result_dtype(pred):
+    "Under autocast torch's losses are float32 at least"
+    device = pred.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.promote_types(pred.dtype, torch.float32) if autocast else pred.dtype
+
+@plainly
 def cross_entropy(
     pred:Tensor, # Logits, classes along `axis`
     target:Tensor, # Class indices, shape of `pred` without `axis`
@@ -94,20 +114,24 @@ def cross_entropy(
     label_smoothing:float=0., # Share of the target spread over all classes, in [0, 1]
     axis:int=1, # The class axis of `pred`
     empty_is_zero:bool=False, # Is the mean 0, instead of torch's nan, where no target counts?
-)->Tensor: # A scalar, or for 'none' the shape of `target`; dtype of `pred`
+)->Tensor: # A scalar, or for 'none' the shape of `target`; dtype of `pred`, at least float32 under autocast
     "`F.cross_entropy` for targets that are mixed: `lam` parts of `target` and `1-lam` of `partner`"
-    with torch._C.DisableTorchFunctionSubclass():
-        axis = axis % pred.ndim
-        idx = torch.stack([target] if partner is None else [target, partner], axis).long()
-        valid = idx != ignore_index
-        idx = idx.where(valid, 0)
-        share = valid.to(torch.promote_types(pred.dtype, torch.float32))
-        if lam is not None: share = share * torch.stack([lam, 1-lam.to(share.dtype)], axis)
-        if weight is not None: weight = _check_weight(weight, pred.shape[axis]).to(share.dtype)
-        used = share if weight is None else share*weight[idx]
-        smooth,shaped = None,None
-        if label_smoothing:
-            smooth = share.sum(axis) * (label_smoothing/pred.shape[axis])
-            if weight is not None: shaped = weight.view([-1 if d == axis else 1 for d in range(pred.ndim)])
-        loss = _SparseTargetCE.apply(pred, axis, idx, used*(1-label_smoothing), smooth, shaped)
-        return reduce_loss(loss, reduction, used, empty_is_zero).to(pred.dtype)
+    axis = axis % pred.ndim
+    idx = (target.unsqueeze(axis) if partner is None else torch.stack([target, partner], axis)).long()
+    valid = idx != ignore_index
+    idx = idx.where(valid, 0)
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    share = valid.to(dtype) if lam is None else valid * torch.stack([lam.to(dtype), 1-lam.to(dtype)], axis)
+    if weight is not None: weight = _check_weight(weight, pred.shape[axis]).to(dtype)
+    used = share if weight is None else share*weight[idx]
+    smooth = shaped = total = divisor = None
+    if label_smoothing:
+        smooth = share.sum(axis, keepdim=True) * (label_smoothing/pred.shape[axis])
+        if weight is not None: shaped = weight.view([-1 if d == axis else 1 for d in range(pred.ndim)])
+    if reduction == 'mean':
+        total = used.sum()
+        divisor = total.clamp_min(_SMALL)
+        if empty_is_zero: total = divisor
+    coef = used*(1-label_smoothing) if label_smoothing else used
+    loss = _SparseTargetCE.apply(pred, axis, idx, coef, smooth, shaped, total, divisor)
+    return (loss.sum() if reduction == 'sum' else loss).to(_result_dtype(pred))

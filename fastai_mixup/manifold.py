@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #6fae1903
+# %% ../nbs/08_manifold.ipynb #16be4da2
 import random
 import sys
 import threading
@@ -28,9 +28,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from .callback import MixCallback
 from .core import Plan, check_choice, leaves, map_leaves, private_generator
 from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
+from .inputs import is_compiled
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #7d4989c8
+# %% ../nbs/08_manifold.ipynb #8dbea780
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -102,7 +103,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #783eb5e5
+# %% ../nbs/08_manifold.ipynb #bc861c6b
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -151,7 +152,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #559bc6ff
+# %% ../nbs/08_manifold.ipynb #c480a536
 class ManifoldMixUpCallback(MixCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__)
@@ -204,12 +205,14 @@ class ManifoldMixUpCallback(MixCallback):
         model = self.learn.model
         if isinstance(model, nn.DataParallel): raise ValueError(
             "ManifoldMixUp cannot mix in a DataParallel model, whose replicas see parts of the batch. Use DistributedDataParallel (`learn.distrib_ctx()`).")
-        if hasattr(model, '_orig_mod') or getattr(model, '_compiled_call_impl', None) is not None: raise ValueError(
-            "ManifoldMixUp cannot mix in a compiled model, which ignores hooks that come later. Train it uncompiled; or use `MixUp`, or layers='output'.")
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def _find_places(self, xb, n):
         wanted = self.wanted
+        if any(map(is_compiled, self.learn.model.modules())): raise ValueError(
+            "ManifoldMixUp cannot mix in a compiled model, which ignores hooks that come later. Train the model as it was before "
+            "`torch.compile` (the parameters are the same ones, and what they learn is there in the compiled model too); or use `MixUp`, "
+            "which compiles to the same graph as no mixing.")
         if wanted is not None and 'output' in wanted: check_output_mixing(self.learn.loss_func)
         hidden = wanted is None or [o for o in wanted if o != 'output']
         model = self._inner_model() if hidden else None

@@ -8,10 +8,10 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/targets.html.md"""
 __all__ = ['check_targets', 'is_loss', 'is_known', 'is_cross_entropy', 'is_smoothing', 'is_nll', 'is_index', 'blend_targets',
            'loss_option', 'unreduced', 'knows_items', 'mixed_loss']
 
-# %% ../nbs/02_targets.ipynb #bf045cf4
+# %% ../nbs/02_targets.ipynb #684cee0d
 import copy
 import inspect
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,26 +19,28 @@ from fastai.losses import BaseLoss, FocalLoss, LabelSmoothingCrossEntropy
 from fastai.vision.core import TensorBBox, TensorPoint
 from torch import Tensor, nn
 
-from .core import Plan, align, leaves, map_leaves
+from .core import Plan, align, leaves, map_leaves, plainly
 from .losses import cross_entropy, fit_target, reduce_loss
 
-# %% ../nbs/02_targets.ipynb #de8c6a4a
+# %% ../nbs/02_targets.ipynb #0c44fcb5
+def _name(path): return 'Target ' + '/'.join(map(str, path))
+
+@plainly
 def check_targets(
     yb:tuple, # The targets of a batch
     n:int, # Number of items in the batch
 ):
     "Raise a `TypeError` or `ValueError` that names the first target that cannot be mixed, with what to do"
     for y,path in leaves(yb):
-        name = 'Target ' + '/'.join(map(str, path))
         if not isinstance(y, Tensor): raise TypeError(
-            f"{name} is a {type(y).__name__}, which cannot be mixed. Encode it as a tensor with one row per item, or train without mixing.")
+            f"{_name(path)} is a {type(y).__name__}, which cannot be mixed. Encode it as a tensor with one row per item, or train without mixing.")
         if isinstance(y, TensorPoint): raise TypeError(
-            f"{name} is a {type(y).__name__}: points and boxes cannot be averaged. Train without mixing; or, if they are plain numbers "
+            f"{_name(path)} is a {type(y).__name__}: points and boxes cannot be averaged. Train without mixing; or, if they are plain numbers "
             "to you, cast them to `torch.Tensor` in a batch transform.")
         if y.layout != torch.strided or y.ndim == 0 or len(y) != n: raise ValueError(
-            f"{name} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} items.")
+            f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} items.")
 
-# %% ../nbs/02_targets.ipynb #3c703e4f
+# %% ../nbs/02_targets.ipynb #35420170
 _TORCH_LOSSES = 'torch.nn.modules.loss', 'torch.nn.functional', 'fastai.losses'
 
 def _inner(loss_func): return loss_func.func if isinstance(loss_func, BaseLoss) else loss_func
@@ -68,9 +70,10 @@ def is_cross_entropy(loss_func): return is_loss(loss_func, nn.CrossEntropyLoss, 
 def is_smoothing(loss_func): return is_loss(loss_func, LabelSmoothingCrossEntropy)
 def is_nll(loss_func): return is_loss(loss_func, nn.NLLLoss, F.nll_loss)
 
-# %% ../nbs/02_targets.ipynb #44a0a5dc
+# %% ../nbs/02_targets.ipynb #7a55f683
 _LABELS = nn.MultiLabelMarginLoss,nn.HingeEmbeddingLoss,nn.SoftMarginLoss,nn.CosineEmbeddingLoss,nn.MarginRankingLoss
 
+@plainly
 def is_index(
     y:Tensor, # A target
     pred, # The predictions it is compared with
@@ -91,7 +94,12 @@ def blend_targets(
     dtype = torch.promote_types(getattr(pred, 'dtype', torch.float32), torch.float32)
     return map_leaves(lambda y,_: plan.blend(y if y.is_floating_point() or y.is_complex() else y.to(dtype)), yb)
 
-# %% ../nbs/02_targets.ipynb #af8c0440
+# %% ../nbs/02_targets.ipynb #e81e2bd4
+@lru_cache(maxsize=16)
+def _default(func, name):
+    param = inspect.signature(func).parameters.get(name)
+    return inspect.Parameter.empty if param is None else param.default
+
 def loss_option(
     loss_func, # A loss function
     name:str, # Such as 'reduction' or 'weight'
@@ -100,10 +108,12 @@ def loss_option(
     "The value of an option of `loss_func`: an attribute, a bound argument, or an argument's default"
     func = _inner(loss_func)
     if hasattr(func, name): return getattr(func, name)
-    if isinstance(func, partial) and name in func.keywords: return func.keywords[name]
-    try: param = inspect.signature(func).parameters.get(name)
+    if isinstance(func, partial):
+        if name in func.keywords: return func.keywords[name]
+        func = func.func
+    try: found = _default(func, name)
     except (TypeError, ValueError): return default
-    return default if param is None or param.default is param.empty else param.default
+    return default if found is inspect.Parameter.empty else found
 
 def unreduced(
     loss_func, # A loss function with a `reduction`
@@ -115,7 +125,7 @@ def unreduced(
     res.reduction = 'none'
     return res
 
-# %% ../nbs/02_targets.ipynb #4d1fd64d
+# %% ../nbs/02_targets.ipynb #35eb0f45
 def knows_items(
     loss_func, # Any loss function
 )->bool:
@@ -123,13 +133,14 @@ def knows_items(
     if callable(getattr(loss_func, 'mixed', None)) or is_cross_entropy(loss_func) or is_nll(loss_func): return True
     return is_known(loss_func) and loss_option(loss_func, 'reduction') is not None and not is_loss(loss_func, nn.CTCLoss, F.ctc_loss)
 
-# %% ../nbs/02_targets.ipynb #b18ec8bd
+# %% ../nbs/02_targets.ipynb #b6557adc
 def _in_order_of(loss_func, loss):
     "Unreduced losses as `loss_func` arranges them"
     if not isinstance(loss_func, BaseLoss) or loss.ndim == 0: return loss
     if loss_func.axis % (loss.ndim+1) != loss.ndim: loss = loss.transpose(loss_func.axis, -1)
     return loss.flatten() if loss_func.flatten else loss
 
+@plainly
 def _mixed_cross_entropy(loss_func, pred, y, plan):
     option,axis = partial(loss_option, loss_func),loss_func.axis if isinstance(loss_func, BaseLoss) else min(1, pred.ndim-1)
     if isinstance(loss_func, BaseLoss) and pred.dtype == torch.float64: pred = pred.float() # as fastai does
@@ -140,6 +151,9 @@ def _mixed_cross_entropy(loss_func, pred, y, plan):
         uniform,eps = pred.logsumexp(axis) - pred.mean(axis),option('eps')
         loss = eps*reduce_loss(uniform, option('reduction')) + (1-eps)*loss
     return _in_order_of(loss_func, loss)
+
+def _mixed_by_itself(loss_func, pred, y, plan):
+    return loss_func.mixed(pred, y, plan.partners(y), align(plan.lam, y).expand(y.shape))
 
 def _nll_weight(loss_func, y, items):
     valid,weight = y != loss_option(loss_func, 'ignore_index', -100),loss_option(loss_func, 'weight')
@@ -161,9 +175,9 @@ def mixed_loss(
 )->Tensor: # What `loss_func` returns
     "The loss of `pred` against the mixed targets"
     if not any(is_index(y, pred, loss_func) for y,_ in leaves(yb)): return loss_func(pred, *blend_targets(yb, plan, pred))
-    yb1 = map_leaves(lambda y,_: plan.partners(y), yb)
     if len(yb) == 1 and isinstance(pred, Tensor) and isinstance(yb[0], Tensor):
-        if callable(getattr(loss_func, 'mixed', None)): return loss_func.mixed(pred, yb[0], yb1[0], align(plan.lam, yb[0]).expand_as(yb[0]))
+        if callable(getattr(loss_func, 'mixed', None)): return _mixed_by_itself(loss_func, pred, yb[0], plan)
         if is_cross_entropy(loss_func) or is_smoothing(loss_func): return _mixed_cross_entropy(loss_func, pred, yb[0], plan)
+    yb1 = map_leaves(lambda y,_: plan.partners(y), yb)
     if knows_items(loss_func): return _mixed_items(loss_func, pred, yb, yb1, plan)
     return torch.lerp(loss_func(pred, *yb1), loss_func(pred, *yb), plan.lam[0])

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import DataLoader
+from fastai.basics import Callback, DataLoader, DataLoaders, Learner, nn
 from fastai.losses import CrossEntropyLossFlat
 from scipy import stats
 
@@ -85,3 +85,41 @@ def test_each_fit_draws_anew():
 def test_generator():
     a,b,c = (torch.cat(lams(MixUp(1., generator=torch.Generator().manual_seed(seed)), 2)) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+class Rows(nn.Linear):
+    "Keeps the mixing matrices that come by"
+    def __init__(self):
+        super().__init__(BS, 5)
+        self.seen = []
+    def forward(self, x):
+        self.seen.append(x.clone())
+        return super().forward(x)
+
+def matrices(mix, n, *cbs):
+    "The mixing matrices of `n` batches of one size"
+    torch.manual_seed(0)
+    learn = Learner(DataLoaders([(torch.eye(BS), Y[:BS])]*n, []), Rows(), CrossEntropyLossFlat(), cbs=[mix, *cbs])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return torch.stack(learn.model.seen)
+
+def test_drawn_ahead():
+    "Over hundreds of batches every lam and partner is drawn anew, from the right distribution"
+    M = matrices(MixUp(.4, fold=False), 300)
+    lam = M.diagonal(dim1=1, dim2=2).flatten()
+    assert lam.unique().numel() > 1100
+    assert stats.kstest(lam.numpy(), stats.beta(.4, .4).cdf).pvalue > 1e-3
+    assert stats.chisquare([(M[:,0,j] > 0).sum() for j in range(1, BS)]).pvalue > 1e-3
+
+@pytest.mark.parametrize('dial,before,after,mark', [
+    ('alpha', 1e9, 1e-9, lambda lam: lam.max() < .6), ('alpha', 1e9, 0, lambda lam: lam.max() < .6), ('p', 1, 0, lambda lam: lam.max() < 1),
+    ('per', 'batch', 'item', lambda lam: lam.unique().numel() == 1), ('fold', True, False, lambda lam: lam.min() >= .5)],
+    ids=['alpha', 'alpha off', 'p', 'per', 'fold'])
+def test_a_dial_turned_in_training_counts_from_the_next_batch(dial, before, after, mark):
+    class Turn(Callback):
+        def before_batch(self):
+            if self.iter == 21: setattr(self.learn.mix_up, dial, after)
+    mix = MixUp(1.)
+    setattr(mix, dial, before)
+    said = [bool(mark(m.diagonal())) for m in matrices(mix, 40, Turn())]
+    assert all(said[:21])
+    assert not all(said[21:]) if dial == 'fold' else not any(said[21:])
