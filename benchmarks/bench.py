@@ -5,7 +5,7 @@ import platform
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from time import perf_counter
 
 import torch
@@ -64,14 +64,15 @@ def in_turns(
     what:str, # 'inputs', 'loss' or 'step'
     rounds:int, # How often each of them has its turn, of one epoch
     warm_up:int=2, # Batches of each turn that do not count
-)->dict: # Name: list of seconds, one for each turn (the median of its batches)
+    average=median, # Of the batches of a turn; `mean` where some of the work is done for several batches at once
+)->dict: # Name: list of seconds, one for each turn
     "Train all `learners` by turns, so that what else the machine does falls on all of them alike"
     seconds = {name: [] for name in learners}
     for _ in range(rounds + 1):
         for name,learn in learners.items():
             learn.seconds.clear()
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-            seconds[name].append(median(learn.seconds[what][warm_up:]))
+            seconds[name].append(average(learn.seconds[what][warm_up:]))
     return {name: s[1:] for name,s in seconds.items()}
 
 
@@ -113,7 +114,7 @@ def machine():
 
 def save(name, rows, folder):
     "Write the table and its plot, a file for each number of threads"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder/f'{name}_{torch.get_num_threads()}.json'
     path.write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1) + '\n')
     plot(rows, path.with_suffix('.png'))
@@ -146,11 +147,16 @@ def plot(rows, path):
     plt.close()
 
 
+def positive(text):
+    if int(text) < 1: raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text}')
+    return int(text)
+
+
 def arguments(description, rounds=15, **options):
     "The command line that all benchmarks share; `options` are name=(default, help)"
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=rounds, help='turns of each contestant; the table gives medians over them')
-    parser.add_argument('--threads', type=int, nargs='+', default=[1, 2], help='numbers of threads, one table for each')
+    parser.add_argument('--rounds', type=positive, default=rounds, help='turns of each contestant; the table gives medians over them')
+    parser.add_argument('--threads', type=positive, nargs='+', default=[1, 2], help='numbers of threads, one table for each')
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder for the tables and plots')
     for name,(default,text) in options.items():
         parser.add_argument(f'--{name}', nargs='+', default=default, help=text)

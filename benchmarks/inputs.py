@@ -1,4 +1,6 @@
 "Time of mixing the inputs of a batch (`before_batch`): ours, fastai's, torchvision's and timm's, beside one pass over the memory of the batch"
+from statistics import mean
+
 import bench
 import peers
 import torch
@@ -21,9 +23,9 @@ def rows_of(size, rounds, batches):
     model = bench.GivenPredictions(torch.randn(shape[0], 10))
     learners = {name: bench.learner(batch(shape), model, cb, dense if name[:2] == 'ti' or name[:2] == 'to' else None, batches)
                 for name,cb in contestants.items()}
-    return bench.compare(bench.in_turns(learners, 'inputs', rounds), ('fastai', 'one memory pass'), size=size)
+    return bench.compare(bench.in_turns(learners, 'inputs', rounds, average=mean), ('fastai', 'one memory pass'), size=size)
 
 
 if __name__ == '__main__':
     args = bench.arguments(__doc__, sizes=(SIZES, 'batches, items x channels x height x width'))
-    bench.run('inputs', args, lambda: [r for s in args.sizes for r in rows_of(s, args.rounds, 40 if s.count('x') and s.endswith('28x28') else 12)])
+    bench.run('inputs', args, lambda: [r for s in args.sizes for r in rows_of(s, args.rounds, 200 if s.endswith('28x28') else 20)])

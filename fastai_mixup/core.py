@@ -9,7 +9,7 @@ __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'check_number', 'check_choice', 'check_alph
            'perm_index', 'partners', 'align', 'blend', 'Reused', 'Plan', 'draw_plans', 'draw_plan', 'DrawnAhead',
            'map_leaves', 'leaves']
 
-# %% ../nbs/00_core.ipynb #7a5eddf9
+# %% ../nbs/00_core.ipynb #128808c0
 import copy
 import hashlib
 import sys
@@ -21,7 +21,7 @@ import torch
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #4f690f0e
+# %% ../nbs/00_core.ipynb #0d1e4690
 ALPHA_MIN, ALPHA_MAX = 1e-9, 1e9
 
 def check_number(
@@ -51,7 +51,7 @@ def check_alpha(alpha):
     "Return `alpha`, the parameter of Beta(alpha, alpha): 0 for no mixing, or a number from 1e-9 to 1e9"
     return check_number('alpha', alpha, ALPHA_MIN, ALPHA_MAX, or_zero=True)
 
-# %% ../nbs/00_core.ipynb #664e05d4
+# %% ../nbs/00_core.ipynb #4add69f2
 def plainly(f):
     "`f`, taking tensor subclasses for plain tensors"
     @wraps(f)
@@ -59,7 +59,7 @@ def plainly(f):
         with torch._C.DisableTorchFunctionSubclass(): return f(*args, **kwargs)
     return inner
 
-# %% ../nbs/00_core.ipynb #cdb5ceb2
+# %% ../nbs/00_core.ipynb #ed408b50
 def private_generator(
     *salt, # Anything printable that tells this stream from others, such as a name and a rank
 )->torch.Generator: # On the CPU
@@ -68,7 +68,7 @@ def private_generator(
     seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), 'little')
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #92fce5a9
+# %% ../nbs/00_core.ipynb #b1d2a792
 def draw_lam(
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
     n:int=1, # Number of draws
@@ -81,7 +81,7 @@ def draw_lam(
     logit = log_gamma[0] - log_gamma[1]
     return torch.sigmoid(logit.abs_() if fold else logit).float()
 
-# %% ../nbs/00_core.ipynb #a851739b
+# %% ../nbs/00_core.ipynb #6121be78
 def perm_index(
     perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
     n:int, # Number of items
@@ -99,17 +99,19 @@ def partners(
     "`x` with each row replaced by its partner's"
     return x.roll(-perm, dim) if isinstance(perm, int) else x.index_select(dim, perm.to(x.device))
 
-# %% ../nbs/00_core.ipynb #ff41e658
+# %% ../nbs/00_core.ipynb #87108f2f
 def align(
-    lam:Tensor, # One weight per row, shape (n,)
-    x:Tensor, # The tensor whose rows are weighted
+    lam:Tensor, # One weight per row, shape (n,), or one for each place of a row, shape (n, *places)
+    x:Tensor, # The tensor whose rows are weighted; with places shape (n, channels, *places)
     dim:int=0, # The batch dimension of `x`
 )->Tensor: # Shape (n, 1, ...), ready to be multiplied with `x`; at least float32, on the device of `x`
     "Reshape `lam` so that it broadcasts along `dim` of `x`"
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+    lam = lam.to(device=x.device, dtype=dtype, non_blocking=True)
+    if lam.ndim > 1: return lam.unsqueeze(1)
     shape = [1]*x.ndim
     shape[dim] = -1
-    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
-    return lam.to(device=x.device, dtype=dtype, non_blocking=True).view(shape)
+    return lam.view(shape)
 
 def _cut(x, at, dim): return x.split_with_sizes((at, x.shape[dim]-at), dim)
 
@@ -136,16 +138,17 @@ class _BlendRotated(torch.autograd.Function):
         return out, None, None, None
 
 def _blend(x, lam, perm, dim, out=None):
-    if x.is_complex(): return torch.view_as_complex(_blend(torch.view_as_real(x), lam, perm, dim % x.ndim))
-    lam = align(lam, x, dim)
-    if lam.dtype != x.dtype: return _blend(x.to(lam.dtype), lam.flatten(), perm, dim).to(x.dtype)
-    if isinstance(perm, Tensor): return torch.lerp(partners(x, perm, dim), x, lam)
-    if x.requires_grad and torch.is_grad_enabled(): return _BlendRotated.apply(x, lam, perm, dim)
-    return _rotate(x, lam, perm, dim, torch.empty_like(x) if out is None else out.like(x))
+    if x.is_complex():
+        return torch.view_as_complex(_blend(torch.view_as_real(x), lam if lam.ndim == 1 else lam.unsqueeze(-1), perm, dim % x.ndim))
+    weight = align(lam, x, dim)
+    if weight.dtype != x.dtype: return _blend(x.to(weight.dtype), lam, perm, dim).to(x.dtype)
+    if isinstance(perm, Tensor): return torch.lerp(partners(x, perm, dim), x, weight)
+    if x.requires_grad and torch.is_grad_enabled(): return _BlendRotated.apply(x, weight, perm, dim)
+    return _rotate(x, weight, perm, dim, torch.empty_like(x) if out is None else out.like(x))
 
 def blend(
     x:Tensor, # Floating point or complex, with n rows along `dim`
-    lam:Tensor, # Weight of each row itself, in [0, 1], shape (n,); its partner has 1-lam
+    lam:Tensor, # Weight of each row itself, in [0, 1], shape (n,), or of each of its places, shape (n, *places); its partner has 1-lam
     perm:int|Tensor, # A rotation, or the index of each row's partner, shape (n,)
     dim:int=0, # The batch dimension of `x`
     out:'Reused|None'=None, # Memory to use again where that is safe
@@ -155,7 +158,7 @@ def blend(
     with torch._C.DisableTorchFunctionSubclass(): res = _blend(x.as_subclass(Tensor), lam, perm, dim, out)
     return retain_type(res, x)
 
-# %% ../nbs/00_core.ipynb #5d7eadf6
+# %% ../nbs/00_core.ipynb #77065c11
 _holders = getattr(torch._C, '_storage_Use_Count', None)
 
 class Reused:
@@ -168,7 +171,8 @@ class Reused:
 
     def _fits(self, x):
         k = self.kept
-        return k is not None and (k.shape, k.dtype, self.stride) == (x.shape, x.dtype, x.stride())
+        if k is None or (k.shape, k.dtype, self.stride) != (x.shape, x.dtype, x.stride()): return False
+        return not k.is_shared() and k.untyped_storage().nbytes() == self.nbytes
 
     def like(self,
         x:Tensor, # What the memory is for
@@ -177,16 +181,17 @@ class Reused:
         if _holders is None or x.device.type != 'cpu': return torch.empty_like(x)
         if not (self._fits(x) and self._count() == self.alone):
             self.kept = torch.empty_like(x)
-            self.stride,self.alone = x.stride(),self._count()
+            self.stride,self.alone,self.nbytes = x.stride(),self._count(),self.kept.untyped_storage().nbytes()
         return self.kept.detach()
 
-# %% ../nbs/00_core.ipynb #a0bd620b
+# %% ../nbs/00_core.ipynb #35f64771
 class Plan:
     "One draw for one batch: row `i` keeps `lam[i]` of itself and takes the rest from row `perm[i]`"
     def __init__(self,
         lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
         perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
-    ): self.lam,self.perm = lam,perm
+        shared:bool=False, # Is `lam` the same one for all?
+    ): self.lam,self.perm,self.shared = lam,perm,shared
 
     def __len__(self): return len(self.lam)
     def __repr__(self): return f'Plan(lam={self.lam.tolist()}, perm={self.index.tolist()})'
@@ -195,7 +200,10 @@ class Plan:
     def index(self): return perm_index(self.perm, len(self), self.lam.device)
 
     def blend(self, x, dim=0, out=None): return blend(x, self.lam, self.perm, dim, out)
+    def check_whole(self, name): return self # does it give an item one weight?
+    def blend_numbers(self, y): return blend(y, self.lam, self.perm)
     def partners(self, x, dim=0): return partners(x, self.perm, dim)
+    def places(self, y): return None # of a target that is mixed place by place
 
 def _send(x, device):
     "Move `x` to `device` without waiting for it"
@@ -214,16 +222,16 @@ def draw_plans(
     "Draw who is mixed with whom, and how much, for `count` batches"
     lam = draw_lam(alpha, count*n, fold, generator).view(count, n) if per == 'item' else draw_lam(alpha, count, fold, generator)[:,None].repeat(1, n)
     rotations = torch.randint(1, n, (count,), generator=generator).tolist()
-    return [Plan(*o) for o in zip(_send(lam, device).unbind(), rotations)]
+    return [Plan(*o, per == 'batch') for o in zip(_send(lam, device).unbind(), rotations)]
 
 def draw_plan(*args, **kwargs)->Plan:
     "One plan, drawn as by `draw_plans`"
     return draw_plans(1, *args, **kwargs)[0]
 
-# %% ../nbs/00_core.ipynb #5527681c
+# %% ../nbs/00_core.ipynb #3c405cab
 class DrawnAhead:
-    "Hands out plans one by one, drawn up to `most` at a time"
-    most = 64
+    "Hands out plans one by one, drawn for many batches at a time"
+    most,most_items = 64,4096
     def __init__(self,
         generator:torch.Generator, # On the CPU
     ): self.generator,self.setting,self.plans,self.count = generator,None,[],1
@@ -234,10 +242,10 @@ class DrawnAhead:
         if not self.plans:
             alpha,n,fold,per,device = setting
             self.plans = draw_plans(self.count, alpha, n, fold, per, self.generator, device)
-            self.count = min(2*self.count, self.most)
+            self.count = min(2*self.count, self.most, max(1, self.most_items//n))
         return self.plans.pop()
 
-# %% ../nbs/00_core.ipynb #1b70c944
+# %% ../nbs/00_core.ipynb #5c4c507d
 def map_leaves(
     f:callable, # Called as `f(leaf, path)`; its result takes the place of the leaf
     o, # A tensor, or tuples, lists and mappings of such, nested at will

@@ -7,26 +7,27 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/losses.html.md"""
 # %% auto #0
 __all__ = ['reduce_loss', 'fit_target', 'cross_entropy']
 
-# %% ../nbs/01_losses.ipynb #388d8811
+# %% ../nbs/01_losses.ipynb #1edfc313
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .core import plainly
 
-# %% ../nbs/01_losses.ipynb #13e3b5a4
+# %% ../nbs/01_losses.ipynb #48c891d7
 class _SparseTargetCE(torch.autograd.Function):
     "`-sum_c t_c * log_softmax(pred)_c` for `t` = `coef` at the classes `idx` + `smooth` * `weight` everywhere: of each row, or their sum over `total`"
     @staticmethod
-    def forward(ctx, pred, axis, idx, coef, smooth, weight, total, divisor):
+    def forward(ctx, pred, axis, idx, coef, smooth, weight, total, empty_is_zero):
         probs = F.softmax(pred, axis, dtype=coef.dtype)
         top,log_top = pred.amax(axis, keepdim=True).to(coef.dtype),probs.amax(axis, keepdim=True).log_()
         dims = axis if total is None else None
-        loss = ((top - _gather(pred, axis, idx) - log_top)*coef).sum(dims)
+        loss = (top - _gather(pred, axis, idx) - log_top).masked_fill_(coef == 0, 0).mul_(coef).sum(dims)
         if smooth is not None: loss -= (smooth*_sum_of_logs(pred, axis, top - log_top, weight)).sum(dims)
         ctx.axis,ctx.probs = axis,probs if ctx.needs_input_grad[0] else None
+        divisor = None if total is None else total.where(total != 0, 1)
         ctx.save_for_backward(pred, idx, coef, smooth, weight, divisor)
-        return loss if total is None else loss/total
+        return loss if total is None else loss/(divisor if empty_is_zero else total)
 
     @staticmethod
     def backward(ctx, g):
@@ -63,7 +64,7 @@ def _gather(pred, axis, idx):
         found = f"from {idx.min()} to {idx.max()}"
         raise IndexError(f"Targets must be class indices from 0 to {pred.shape[axis]-1} (or `ignore_index`), got {found}") from None
 
-# %% ../nbs/01_losses.ipynb #0e1a76a8
+# %% ../nbs/01_losses.ipynb #d51b6102
 def reduce_loss(
     loss:Tensor, # Loss of each element
     reduction:str, # 'mean', 'sum' or 'none'
@@ -94,8 +95,6 @@ def _check_weight(weight, n):
     if weight.shape != (n,): raise ValueError(f"weight must hold one number per class, shape ({n},), got shape {tuple(weight.shape)}")
     return weight
 
-_SMALL = 1e-30 # less than any total of weights but 0, and its inverse times the scale of a gradient is still a number
-
 def _result_dtype(pred):
     "Under autocast torch's losses are float32 at least"
     device = pred.device.type
@@ -124,14 +123,11 @@ def cross_entropy(
     share = valid.to(dtype) if lam is None else valid * torch.stack([lam.to(dtype), 1-lam.to(dtype)], axis)
     if weight is not None: weight = _check_weight(weight, pred.shape[axis]).to(dtype)
     used = share if weight is None else share*weight[idx]
-    smooth = shaped = total = divisor = None
+    smooth = shaped = None
     if label_smoothing:
         smooth = share.sum(axis, keepdim=True) * (label_smoothing/pred.shape[axis])
         if weight is not None: shaped = weight.view([-1 if d == axis else 1 for d in range(pred.ndim)])
-    if reduction == 'mean':
-        total = used.sum()
-        divisor = total.clamp_min(_SMALL)
-        if empty_is_zero: total = divisor
+    total = used.sum() if reduction == 'mean' else None
     coef = used*(1-label_smoothing) if label_smoothing else used
-    loss = _SparseTargetCE.apply(pred, axis, idx, coef, smooth, shaped, total, divisor)
+    loss = _SparseTargetCE.apply(pred, axis, idx, coef, smooth, shaped, total, empty_is_zero)
     return (loss.sum() if reduction == 'sum' else loss).to(_result_dtype(pred))

@@ -105,7 +105,7 @@ def kernels(calls):
 def extra(cb, loss_func=None, **kwargs): return kernels(watched(cb, loss_func, **kwargs)[-2]) - kernels(watched(None, loss_func, **kwargs)[-2])
 
 @pytest.mark.parametrize('cb,loss_func,most', [
-    (lambda: MixUp(.4), None, 23), (lambda: MixUp(.4), LabelSmoothingCE(.1), 6), (lambda: ManifoldMixUp(.4, layers='0', include_input=False), None, 27)],
+    (lambda: MixUp(.4), None, 26), (lambda: MixUp(.4), LabelSmoothingCE(.1), 6), (lambda: ManifoldMixUp(.4, layers='0', include_input=False), None, 30)],
     ids=['inputs', 'smoothed', 'hidden'])
 @pytest.mark.parametrize('bs', [4, 32])
 def test_few_kernels_whatever_the_size(cb, loss_func, most, bs): assert extra(cb(), loss_func, bs=bs) <= most
@@ -149,13 +149,23 @@ def test_refused_compiled():
         if not hasattr(model, '_orig_mod'): model.compile(backend='eager')
         with pytest.raises(ValueError, match="Input 'input' holds integers.*compiled|Input 0 holds integers.*compiled|holds integers.*compiled"):
             Learner(words, model, CrossEntropyLossFlat(), cbs=MixUp()).fit(1)
+    part = tokens()
+    part[0] = torch.compile(part[0], backend='eager')
+    with pytest.raises(ValueError, match='holds integers.*compiled'): Learner(words, part, CrossEntropyLossFlat(), cbs=MixUp()).fit(1)
     for layers in None, '0', 'output':
         model = floats()
-        model[2].compile(backend='eager')
+        if layers == '0': model[2].compile(backend='eager')
+        else: model[2].forward = torch.compile(model[2].forward, backend='eager')
         with pytest.raises(ValueError, match='cannot mix in a compiled model'):
             Learner(DataLoaders([(vectors(), labels())], []), model, CrossEntropyLossFlat(), cbs=ManifoldMixUp(layers=layers)).fit(1)
 
 def peak_of(batch, logits, cb, loss_func=None): return peak(bench.learner(batch, bench.GivenPredictions(logits), cb, loss_func, batches=4))
+
+@pytest.mark.parametrize('n,width', [(64, 300), (1024, 100), (16384, 40)])
+def test_memory_of_what_is_drawn_ahead(n, width):
+    batch,logits = (torch.randn(n, width), torch.randint(3, (n,))),torch.randn(n, 3)
+    extra = [peak(bench.learner(batch, bench.GivenPredictions(logits), cb, batches=130)) for cb in (MixUp(), None)]
+    assert extra[0]-extra[1] < 1.05*batch[0].nbytes + 80*max(n, 4096) # some numbers for each of at most 4,096 items, or of one batch
 
 def test_memory_of_the_inputs():
     batch,logits = (torch.randn(16, 3, 64, 64), torch.randint(10, (16,))),torch.randn(16, 10)

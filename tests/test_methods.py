@@ -1,0 +1,237 @@
+"What is left of each item is what the loss is told, for every method, loss, number of dimensions and size."
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.basics import BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, DataLoaders, L, L1LossFlat, Learner, MSELossFlat, SGD, Tensor, nn
+from fastai.callback.progress import ProgressCallback
+from fastai.vision.core import TensorImage, TensorMask
+from scipy import stats
+from torchvision.transforms.v2 import CutMix as TorchvisionCutMix
+
+from fastai_mixup.all import *
+from fastai_mixup.masks import box_mask
+
+torch.set_num_threads(1)
+N,C = 6,4
+METHODS = dict(
+    CutMix=CutMix, cutmix_folded=partial(CutMix, fold=True), cutmix_minmax=partial(CutMix, minmax=(.2, .9)), SaliencyMix=SaliencyMix, ResizeMix=ResizeMix,
+    SmoothMix=SmoothMix, GridMix=GridMix, fine_grid=partial(GridMix, grid=50), FMix=FMix, soft_fmix=partial(FMix, soft=.4))
+SIZES = dict(signal=(13,), picture=(7, 10), tall=(11, 4), volume=(3, 5, 4), one_place=(1, 1))
+each_method = pytest.mark.parametrize('name', METHODS)
+each_size = pytest.mark.parametrize('size', SIZES.values(), ids=SIZES)
+
+def own_numbers(size, n=N): return torch.eye(n).view(n, n, *[1]*len(size)).expand(n, n, *size).contiguous()
+
+class Shares(nn.Module):
+    "Sees which item each place shows; predicts for the item, or for each of its places"
+    def __init__(self, places=False):
+        super().__init__()
+        self.head,self.places,self.pages = nn.Linear(N, C),places,[]
+    def forward(self, x):
+        self.x = x.detach().as_subclass(Tensor)
+        pred = self.head(x.movedim(1, -1)).movedim(-1, 1) if self.places else self.head(x.flatten(2).mean(2))
+        self.pages.append((self.x, pred.detach()))
+        return pred
+
+class Losses(Callback):
+    order = 50
+    def before_fit(self): self.seen = []
+    def after_loss(self): self.seen.append(self.learn.loss.detach())
+
+def trained(cb, size, y, loss_func, n=6, places=False, x=None):
+    "What the model saw and said in each batch, and the loss that the Learner reported"
+    torch.manual_seed(1)
+    batch = x if x is not None else own_numbers(size),y
+    before = [o.clone() for o in batch]
+    model,losses = Shares(places),Losses()
+    learn = Learner(DataLoaders([batch]*n, []), model, loss_func, SGD, lr=.1, cbs=[*L(cb), losses])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert all(torch.equal(a, b) for a,b in zip(batch, before))
+    return [(*page, loss) for page,loss in zip(model.pages, losses.seen)]
+
+def matrix(x):
+    "The share of each item in each item"
+    M = x.flatten(2).mean(2)
+    torch.testing.assert_close(M.sum(1), torch.ones(N))
+    assert ((M > 1e-6).sum(1) <= 2).all()
+    return M
+
+def index_loss(items):
+    "The mixed loss by its definition, for a loss that has one value for each item"
+    def loss(pred, y, M): return sum(M[i,j]*items(pred[i:i+1], y[j:j+1]) for i in range(N) for j in range(N)) / N
+    return loss
+
+CE = partial(F.cross_entropy, reduction='sum')
+W = torch.tensor([1., 3., .5, 2.])
+def weighted(pred, y, M):
+    at = [(M[i,j]*W[y[j]], CE(pred[i:i+1], y[j:j+1])) for i in range(N) for j in range(N)]
+    return sum(w*l for w,l in at) / sum(w for w,_ in at)
+def own(pred, y): return F.cross_entropy(pred, y)**2
+def by_hand_own(pred, y, M):
+    lam = M.diagonal()
+    torch.testing.assert_close(lam, lam[:1].expand(N), atol=1e-5, rtol=0)
+    k = next((int(row.nonzero()[-1]) for row in M[:1] if row[1:].any()), 0)
+    return lam[0]*own(pred, y) + (1-lam[0])*own(pred, y.roll(-k))
+
+LABELS = torch.tensor([0, 1, 2, 3, 1, 2])
+LOSSES = dict(
+    classes=(CrossEntropyLossFlat(), LABELS, index_loss(CE)), torchs=(nn.CrossEntropyLoss(), LABELS, index_loss(CE)),
+    smoothed=(LabelSmoothingCE(.1), LABELS, index_loss(partial(CE, label_smoothing=.1))), weighted=(nn.CrossEntropyLoss(W), LABELS, weighted),
+    own=(own, LABELS, by_hand_own), numbers=(MSELossFlat(), torch.randn(N, C), lambda p,y,M: F.mse_loss(p, M@y)),
+    tags=(BCEWithLogitsLossFlat(), torch.randint(2, (N, C)), lambda p,y,M: F.binary_cross_entropy_with_logits(p, M@y.float())))
+
+@each_method
+@each_size
+@pytest.mark.parametrize('loss', LOSSES)
+def test_loss_is_told_what_is_left(name, size, loss):
+    loss_func,y,by_hand = LOSSES[loss]
+    for x,pred,got in trained(METHODS[name](), size, y, loss_func):
+        torch.testing.assert_close(got, by_hand(pred, y, matrix(x)), atol=1e-4, rtol=1e-4)
+
+def winner(x): return x[torch.arange(N),torch.arange(N)] >= .5
+
+@each_method
+@pytest.mark.parametrize('loss_func,plain', [(CrossEntropyLossFlat(axis=1), F.cross_entropy), (nn.CrossEntropyLoss(W), partial(F.cross_entropy, weight=W)), (own, own)],
+                         ids=['fastai', 'weighted', 'own'])
+def test_masks_are_pasted(name, loss_func, plain):
+    size = 7,10
+    y = LABELS.view(N, 1, 1).expand(N, *size) if name == 'ResizeMix' else torch.randint(C, (N, *size)) # a mask that is resized is not the same
+    for x,pred,got in trained(METHODS[name](), size, TensorMask(y), loss_func, places=True):
+        partner = matrix(x).fill_diagonal_(0).argmax(1)
+        pasted = torch.where(winner(x), y, y[partner])
+        torch.testing.assert_close(got.as_subclass(Tensor), plain(pred, pasted), atol=1e-5, rtol=1e-5)
+
+def test_maps_of_numbers_are_mixed_place_by_place():
+    y = torch.randn(N, C, 7, 10)
+    for x,pred,got in trained(SmoothMix(), (7, 10), y, L1LossFlat(), places=True):
+        torch.testing.assert_close(got, F.l1_loss(pred, torch.einsum('ijhw,jchw->ichw', x, y)), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize('name', sorted(set(METHODS) - {'SaliencyMix'}))
+def test_every_item_has_its_own_mask(name):
+    masks = [x[torch.arange(N),torch.arange(N)] for x,*_ in trained(METHODS[name](), (9, 8), LABELS, CrossEntropyLossFlat())]
+    assert torch.cat(masks).flatten(1).unique(dim=0).shape[0] > 2.5*N
+
+@each_method
+def test_off(name):
+    for cb in METHODS[name](p=0), *([METHODS[name](alpha=0)] if 'smooth' not in name.lower() and 'resize' not in name.lower() else []):
+        for x,*_ in trained(cb, (9, 8), LABELS, CrossEntropyLossFlat()): assert torch.equal(x, own_numbers((9, 8)))
+
+@each_method
+def test_real_pictures_come_back_as_they_are(name):
+    x = TensorImage(torch.rand(N, N, 9, 8)).to(memory_format=torch.channels_last)
+    class Types(Callback):
+        order = 8.5 # before fastai casts for the model
+        def before_batch(self): self.seen = self.x
+    types = Types()
+    learn = Learner(DataLoaders([(x, LABELS)], []), Shares(), CrossEntropyLossFlat(), cbs=[METHODS[name](), types])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert type(types.seen) is TensorImage and types.seen.dtype == x.dtype and types.seen.shape == x.shape
+
+def test_same_seed_same_masks():
+    a,b = (torch.stack([x for x,*_ in trained(FMix(), (9, 8), LABELS, CrossEntropyLossFlat())]) for _ in range(2))
+    assert torch.equal(a, b)
+
+def test_cutmix_lam_is_distributed_as_torchvisions():
+    size = 256,256
+    ours = torch.cat([matrix(x).diagonal() for x,*_ in trained(CutMix(), size, LABELS, CrossEntropyLossFlat(), n=120)])
+    theirs = TorchvisionCutMix(num_classes=2)
+    torch.manual_seed(0)
+    lams = [theirs.make_params([torch.zeros(2, 1, *size)])['lam_adjusted'] for _ in range(720)]
+    assert stats.ks_2samp(ours.numpy(), lams).pvalue > 1e-3
+
+def test_correct_off_keeps_what_was_drawn():
+    drawn = [x for x,*_ in trained(CutMix(correct=False), (9, 8), LABELS, CrossEntropyLossFlat())]
+    assert len(drawn) == 6
+
+def test_boxes_inside_and_clipped():
+    centre,side = torch.tensor([[.5, .5], [0., 1.]]),torch.tensor([[.5], [.5]])
+    mask = box_mask((8, 4), centre, side)
+    assert (~mask).flatten(1).sum(1).tolist() == [4*2, 2*1] and not mask[1,0,3]
+
+BAD = [(CutMix, dict(minmax=(.5, .2)), 'minmax'), (CutMix, dict(minmax=.5), 'minmax'), (CutMix, dict(correct=None), 'correct'), (CutMix, dict(alpha=-1), 'alpha'),
+       (FMix, dict(decay=-1), 'decay'), (FMix, dict(soft=2), 'soft'), (GridMix, dict(grid=0), 'grid'), (GridMix, dict(grid=2.5), 'grid'),
+       (SmoothMix, dict(sigma=(0, 1)), 'sigma'), (ResizeMix, dict(side=(.1, 1.2)), 'side')]
+@pytest.mark.parametrize('cls,kwargs,name', BAD)
+def test_bad_parameters_are_refused(cls, kwargs, name):
+    with pytest.raises((TypeError, ValueError), match=name): cls(**kwargs)
+
+@each_method
+@pytest.mark.parametrize('x', [torch.randn(N, 5), torch.randint(9, (N, 5))], ids=['table', 'words'])
+def test_what_has_no_places_is_refused(name, x):
+    with pytest.raises(ValueError, match='needs items with places.*`MixUp`'): trained(METHODS[name](), None, LABELS, CrossEntropyLossFlat(), x=x)
+
+MIXES = dict(two=lambda per: RandomMix([MixUp(1.), CutMix()], per=per), all=lambda per: RandomMix([f() for f in METHODS.values()], per=per),
+             some=lambda per: RandomMix([MixUp(1., fold=False), ResizeMix()], [.3, .3], per=per), inner_batch=lambda per: RandomMix([MixUp(1., per='batch'), CutMix(per='batch')], per=per))
+
+@pytest.mark.parametrize('mix', MIXES)
+@pytest.mark.parametrize('per', ['item', 'batch'])
+@pytest.mark.parametrize('loss', LOSSES)
+def test_random_choice(mix, per, loss):
+    loss_func,y,by_hand = LOSSES[loss]
+    for x,pred,got in trained(MIXES[mix](per), (7, 10), y, loss_func, n=12):
+        torch.testing.assert_close(got, by_hand(pred, y, matrix(x)), atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize('per', ['item', 'batch'])
+def test_random_choice_pastes_masks(per):
+    y = LABELS.view(N, 1, 1).expand(N, 7, 10)
+    for x,pred,got in trained(RandomMix([CutMix(), FMix(), ResizeMix()], [.3, .3, .3], per=per), (7, 10), y, CrossEntropyLossFlat(axis=1), places=True):
+        partner = matrix(x).fill_diagonal_(0).argmax(1)
+        torch.testing.assert_close(got, F.cross_entropy(pred, torch.where(winner(x), y, y[partner])), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize('per', ['item', 'batch'])
+def test_shares_of_random_choice(per):
+    pages = trained(RandomMix([MixUp(1.), SmoothMix()], [.5, .2], per=per), (7, 10), LABELS, CrossEntropyLossFlat(), n=200)
+    own = torch.cat([x[torch.arange(N),torch.arange(N)] for x,*_ in pages]).flatten(1)
+    kind = torch.where((own == 1).all(1), 2, torch.where(own.amax(1)-own.amin(1) < 1e-6, 0, 1))
+    n = len(kind) if per == 'item' else 200
+    counts = kind.bincount(minlength=3)*n/len(kind)
+    assert stats.chisquare(counts.numpy(), [.5*n, .2*n, .3*n]).pvalue > 1e-3
+
+def test_random_choice_is_remembered_by_the_seed_and_leaves_others_alone():
+    a,b = ([x for x,*_ in trained(RandomMix([CutMix(), FMix()], per='item'), (7, 10), LABELS, CrossEntropyLossFlat())] for _ in range(2))
+    assert all(map(torch.equal, a, b))
+
+def test_random_choice_among_doses_serves_tables():
+    x = torch.eye(N)
+    learn = Learner(DataLoaders([(x, LABELS)]*30, []), nn.Linear(N, C), CrossEntropyLossFlat(), cbs=RandomMix([MixUp(.1), MixUp(8.)], [.4, .4], per='item'))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with pytest.raises(ValueError, match='needs items with places'): trained(RandomMix([MixUp(.1), CutMix()], per='item'), None, LABELS, CrossEntropyLossFlat(), x=x)
+
+def test_two_that_mix_are_refused():
+    with pytest.raises(ValueError, match='RandomMix'): trained([MixUp(), CutMix()], (7, 10), LABELS, CrossEntropyLossFlat())
+
+class Doses(Callback):
+    order = 60
+    def before_fit(self): self.seen = [*getattr(self, 'seen', [])]
+    def after_pred(self): self.seen.append(0. if self.learn.mix_up.plan is None else 1-self.learn.mix_up.plan.lam.mean().item())
+
+def scheduled(train, *args, **kwargs):
+    torch.manual_seed(0)
+    learn = Learner(DataLoaders([(torch.randn(200, 3), torch.arange(200) % 2)]*10, []), nn.Linear(3, 2), CrossEntropyLossFlat(), cbs=[MixUp(*args, **kwargs), Doses()])
+    with learn.no_bar(), learn.no_logging(): train(learn)
+    return torch.tensor(learn.doses.seen)
+
+def test_schedules():
+    from fastai.callback.schedule import SchedCos, SchedLin, SchedNo, combine_scheds
+    for train in lambda learn: learn.fit(4), lambda learn: learn.fit_one_cycle(4):
+        down = scheduled(train, SchedCos(4, 1e-3))
+        assert down[:4].mean() > .3 and (down[:-4].mean() > .2) and down[-2:].mean() < .05
+        late = scheduled(train, combine_scheds([.5, .5], [SchedNo(0, 0), SchedNo(1, 1)]))
+        assert (late[:20] == 0).all() and (late[21:] > 0).all()
+        half = scheduled(train, lambda pct: 2. if pct < .5 else 0)
+        assert (half[:20] > 0).all() and (half[21:] == 0).all()
+    twice = scheduled(lambda learn: [learn.fit(2), learn.fit(2)], 1., start=.5)
+    assert ((twice > 0) == torch.arange(40).remainder(20).ge(10)).all()
+    epochs = scheduled(lambda learn: learn.fit(4), 1., start=1, stop=3)
+    assert ((epochs > 0) == (torch.arange(40) >= 10) & (torch.arange(40) < 30)).all()
+
+def test_lr_find_sees_the_mixing_of_the_start():
+    from fastai.callback.schedule import SchedLin
+    assert (scheduled(lambda learn: learn.lr_find(num_it=30, stop_div=False, show_plot=False), SchedLin(4, 1e-9)) > .25).all()
+    assert (scheduled(lambda learn: learn.lr_find(num_it=30, stop_div=False, show_plot=False), 1., start=.1) == 0).all()
+
+@pytest.mark.parametrize('kwargs,name', [(dict(alpha=lambda pct: -pct), 'alpha'), (dict(p=lambda pct: 2), 'p'), (dict(start=2.), 'start'), (dict(stop=-1), 'stop'), (dict(start='late'), 'start')])
+def test_bad_schedules_are_refused(kwargs, name):
+    with pytest.raises((TypeError, ValueError), match=f'{name} must be'): MixUp(**kwargs)
