@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/choice.html.md"""
 # %% auto #0
 __all__ = ['RandomMix', 'ChoicePlan', 'check_weights', 'RandomMixCallback']
 
-# %% ../nbs/10_choice.ipynb #1cf71b46
+# %% ../nbs/10_choice.ipynb #31f5c00f
 import torch
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from .callback import MixUpCallback
 from .core import DrawnAhead, Plan, check_choice, check_number
 from .masks import MaskPlan
 
-# %% ../nbs/10_choice.ipynb #89e451df
+# %% ../nbs/10_choice.ipynb #bd25f792
 class ChoicePlan(MaskPlan):
     "A plan that follows one of several plans for each item, or leaves it alone"
     def __init__(self,
@@ -41,14 +41,17 @@ class ChoicePlan(MaskPlan):
         res = super().cover(x, out)
         return self._reshaped(res, lambda plan: plan.cover(x))
 
-    def cover_indices(self, y): return self._reshaped(super().cover_indices(y), lambda plan: plan.cover_indices(y))
+    def cover_indices(self, y):
+        if not all(isinstance(plan, MaskPlan) for plan in self.plans): raise ValueError(
+            "RandomMix(per='item') cannot mix masks of classes by methods that average, such as MixUp, together with others that paste: use per='batch'.")
+        return self._reshaped(super().cover_indices(y), lambda plan: plan.cover_indices(y))
 
     def _reshaped(self, x, cover):
         for i,plan in enumerate(self.plans):
             if isinstance(plan, MaskPlan) and plan.reshapes: x = torch.where((self.choice == i).view(-1, *[1]*(x.ndim-1)), cover(plan), x)
         return x
 
-# %% ../nbs/10_choice.ipynb #15dbc3c0
+# %% ../nbs/10_choice.ipynb #2acf0507
 def check_weights(
     weights, # A list of numbers, or `None`
     n:int, # How many there must be
@@ -57,6 +60,7 @@ def check_weights(
     if weights is None: weights = [1/n]*n
     if not isinstance(weights, (list, tuple)) or len(weights) != n: raise ValueError(f"weights must be a list of {n} shares, one for each method, got {weights!r}")
     weights = [check_number(f'weights[{i}]', w, 0, 1) for i,w in enumerate(weights)]
+    if not sum(weights): raise ValueError(f"weights must not all be 0, got {weights}")
     if sum(weights) > 1+1e-6: raise ValueError(f"weights must add up to 1 at most (what is left of 1 is left alone), got {sum(weights):g}")
     return torch.tensor([*weights, max(0., 1-sum(weights))])
 
@@ -71,6 +75,10 @@ class RandomMixCallback(MixUpCallback):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"
         if not isinstance(methods, (list, tuple)) or not methods or not all(isinstance(m, MixUpCallback) and not isinstance(m, RandomMixCallback) for m in methods):
             raise TypeError(f"methods must be a list of callbacks that mix inputs, such as [MixUp(.2), CutMix(1.)], got {methods!r}")
+        for name in ('alpha', 'fold'):
+            if name in kwargs: raise TypeError(f"{name} is no argument here: give it to the methods, got {name}={kwargs[name]!r}")
+        for m in methods:
+            if m.inputs is not None or m.generator is not None: raise ValueError(f"methods must leave `inputs` and `generator` to RandomMix itself, got them in {m!r}")
         super().__init__(alpha=1., **kwargs)
         self.methods,self.weights,self.choose_per = list(methods),check_weights(weights, len(methods)),check_choice('per', per, ('item', 'batch'))
 
@@ -82,20 +90,30 @@ class RandomMixCallback(MixUpCallback):
         for m in self.methods: m._init_state()
 
     def draw(self, n, per, device):
-        for m in self.methods:
-            m.learn = self.learn
-            if m.draws is None: m.draws = DrawnAhead(self.draws.generator)
-        one_for_all = self.choose_per == 'batch' or per == 'batch'
-        choice = torch.multinomial(self.weights, 1 if one_for_all else n, replacement=True, generator=self.draws.generator)
-        if one_for_all: return self._draw_by(int(choice), n, per, device)
-        partners = self.draws.next(1., n, True, per, device)
-        plans = [m.shape(Plan(m.draws.next(m.now('alpha') or 1., n, m.fold, per, device).lam, partners.perm)) for m in self.methods]
-        plan = ChoicePlan(plans, choice.to(device, non_blocking=True))
-        return plan if any(isinstance(o, MaskPlan) for o in plans) else plan.whole()
+        try:
+            for m in self.methods:
+                m.learn = self.learn
+                if m.draws is None: m.draws = DrawnAhead(self.draws.generator)
+            one_for_all = self.choose_per == 'batch' or per == 'batch'
+            choice = torch.multinomial(self._weights_now(), 1 if one_for_all else n, replacement=True, generator=self.draws.generator)
+            return self._draw_by(int(choice), n, per, device) if one_for_all else self._draw_each(choice, n, device)
+        finally:
+            for m in self.methods: m.learn = None
+
+    def _weights_now(self):
+        "The share of each method at this moment, and of none"
+        live = self.weights[:-1]*torch.tensor([0. if m.off() else m.now('p') for m in self.methods])
+        return torch.cat([live, (1-live.sum()).clamp_min(0)[None]])
 
     def _draw_by(self, i, n, per, device):
-        if i == len(self.methods) or self.methods[i].off(): return None
+        if i == len(self.methods): return None
         m = self.methods[i]
         return m.draw(n, 'batch' if m.per == 'batch' else per, device)
+
+    def _draw_each(self, choice, n, device):
+        perm = self.draws.next(1., n, True, 'item', device).perm
+        def plan_of(m): return m.shape(Plan(m.draws.next(m.now('alpha') or 1., n, m.fold, m.per, device).lam, perm, m.per == 'batch'))
+        plan = ChoicePlan([plan_of(m) for m in self.methods], choice.to(device, non_blocking=True))
+        return plan if any(isinstance(o, MaskPlan) for o in plan.plans) else plan.whole()
 
 RandomMix = RandomMixCallback

@@ -235,3 +235,89 @@ def test_lr_find_sees_the_mixing_of_the_start():
 @pytest.mark.parametrize('kwargs,name', [(dict(alpha=lambda pct: -pct), 'alpha'), (dict(p=lambda pct: 2), 'p'), (dict(start=2.), 'start'), (dict(stop=-1), 'stop'), (dict(start='late'), 'start')])
 def test_bad_schedules_are_refused(kwargs, name):
     with pytest.raises((TypeError, ValueError), match=f'{name} must be'): MixUp(**kwargs)
+
+@pytest.mark.parametrize('per', ['item', 'batch'])
+@pytest.mark.parametrize('methods', [lambda: [MixUp(0), MixUp(0)], lambda: [MixUp(1., start=1.), CutMix(p=0)], lambda: [MixUp(lambda pct: 0.), CutMix(stop=0)]])
+def test_methods_that_are_off_are_not_chosen(per, methods):
+    for x,*_ in trained(RandomMix(methods(), per=per), (7, 10), LABELS, CrossEntropyLossFlat()): assert torch.equal(x, own_numbers((7, 10)))
+
+def test_random_choice_holds_no_learner():
+    import pickle
+    cb = RandomMix([CutMix(), SaliencyMix()])
+    trained(cb, (7, 10), LABELS, CrossEntropyLossFlat())
+    assert all(m.learn is None for m in cb.methods)
+    cb.learn = None
+    assert len(pickle.dumps(cb)) < 5000
+
+def test_random_choice_for_items_does_not_average_classes():
+    y = LABELS.view(N, 1, 1).expand(N, 7, 10)
+    with pytest.raises(ValueError, match="per='batch'"): trained(RandomMix([MixUp(), CutMix()], per='item'), (7, 10), y, CrossEntropyLossFlat(axis=1), places=True)
+
+class Two(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.head = nn.Linear(n, C)
+    def forward(self, a, b):
+        self.a,self.b = a.detach(),b.detach()
+        return self.head(a.flatten(1)[:,:self.head.in_features])
+
+def two_inputs(cb, a, b):
+    dls = DataLoaders([(a, b, LABELS)], [])
+    dls.n_inp = 2
+    learn = Learner(dls, Two(8), CrossEntropyLossFlat(), cbs=cb)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return learn.model
+
+@pytest.mark.parametrize('a,b', [((N, 2, 9), (N, 3, 6, 8)), ((N, 3, 6, 8), (N, 1, 4, 5, 6)), ((N, 3, 6, 8), (N, 3, 12, 16))], ids=['signal and picture', 'picture and volume', 'two sizes'])
+@each_method
+def test_inputs_of_different_kinds(name, a, b): two_inputs(METHODS[name](), torch.randn(a), torch.randn(b))
+
+def test_salience_is_that_of_the_inputs_that_are_mixed():
+    dull,dot = torch.zeros(N, 1, 20, 20),torch.zeros(N, 1, 20, 20)
+    dot[:,:,15:18,15:18] = torch.arange(1., N+1).view(N, 1, 1, 1)
+    model = two_inputs(SaliencyMix(minmax=(.3, .3), inputs=1), dull, dot)
+    assert torch.equal(model.a, dull) and (model.b[:,0,16,16] != dot[:,0,16,16]).all() and (model.b[:,0,:8,:8] == 0).all()
+
+@each_method
+@pytest.mark.parametrize('y', [F.one_hot(LABELS, 13).float(), torch.softmax(torch.randn(N, 13), 1)], ids=['tags', 'soft'])
+def test_numbers_for_classes_are_no_places(name, y):
+    learn = Learner(DataLoaders([(own_numbers((13,)), y)], []), Shares(), nn.CrossEntropyLoss(), cbs=METHODS[name]())
+    learn.model.head = nn.Linear(N, 13)
+    losses = Losses()
+    learn.add_cb(losses)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    x,pred = learn.model.pages[0]
+    torch.testing.assert_close(losses.seen[0], F.cross_entropy(pred, matrix(x)@y), atol=1e-5, rtol=1e-5)
+
+def test_which_targets_have_places():
+    from fastai_mixup.core import Plan
+    from fastai_mixup.masks import MaskPlan
+    plan = MaskPlan(torch.ones(2), 1, lambda size: torch.ones(2, *size))
+    plan.mask((8, 12))
+    sizes = {(2, 8, 12): (8, 12), (2, 1, 8, 12): (8, 12), (2, 4, 6): (4, 6), (2, 3, 4, 6): (4, 6), (2, 4, 10): None, (2,): None, (2, 7): None, (2, 16, 24): None}
+    assert {shape: plan.places(torch.zeros(shape, dtype=torch.long)) for shape in sizes} == sizes
+    numbers = sizes | {(2, 4, 6): None}
+    assert {shape: plan.places(torch.zeros(shape)) for shape in numbers} == numbers
+
+def test_complex_pictures_are_resized_whole():
+    x = torch.randn(N, 2, 8, 8, dtype=torch.complex64)
+    class Keep(nn.Module):
+        def __init__(self): super().__init__(); self.head = nn.Linear(2, C)
+        def forward(self, x):
+            self.x = x
+            return self.head(x.abs().mean((2, 3)))
+    learn = Learner(DataLoaders([(x, LABELS)], []), Keep(), CrossEntropyLossFlat(), cbs=ResizeMix(side=(.7, .7)))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert (learn.model.x.imag != 0).all()
+
+def test_schedules_may_pass_below_the_smallest_alpha():
+    from fastai.callback.schedule import SchedPoly
+    late = scheduled(lambda learn: learn.fit(12), SchedPoly(0, 1, 6))
+    assert late[0] == 0 and late[-1] > .1
+
+@pytest.mark.parametrize('make,name', [
+    (lambda: SmoothMix(alpha=2), 'alpha'), (lambda: ResizeMix(fold=True), 'fold'), (lambda: RandomMix([MixUp()], alpha=.3), 'alpha'), (lambda: CutMix(minmax=(.1, .2), fold=True), 'fold'),
+    (lambda: MixUp(start=.75, stop=.25), 'start'), (lambda: MixUp(lambda: 1), 'alpha'), (lambda: MixUp(lambda pct: torch.ones(2)), 'alpha'), (lambda: RandomMix([MixUp()], [0]), 'weights'),
+    (lambda: RandomMix([MixUp(inputs=0)]), 'inputs')])
+def test_what_makes_no_sense_is_refused(make, name):
+    with pytest.raises((TypeError, ValueError), match=name): make()
