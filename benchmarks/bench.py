@@ -5,7 +5,7 @@ import platform
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, median, quantiles
+from statistics import median, quantiles
 from time import perf_counter
 
 import torch

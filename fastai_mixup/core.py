@@ -9,7 +9,7 @@ __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'check_number', 'check_choice', 'check_alph
            'perm_index', 'partners', 'align', 'blend', 'Reused', 'Plan', 'draw_plans', 'draw_plan', 'DrawnAhead',
            'map_leaves', 'leaves']
 
-# %% ../nbs/00_core.ipynb #128808c0
+# %% ../nbs/00_core.ipynb #8e5d25a0
 import copy
 import hashlib
 import sys
@@ -21,7 +21,7 @@ import torch
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #0d1e4690
+# %% ../nbs/00_core.ipynb #39f7be09
 ALPHA_MIN, ALPHA_MAX = 1e-9, 1e9
 
 def check_number(
@@ -51,7 +51,7 @@ def check_alpha(alpha):
     "Return `alpha`, the parameter of Beta(alpha, alpha): 0 for no mixing, or a number from 1e-9 to 1e9"
     return check_number('alpha', alpha, ALPHA_MIN, ALPHA_MAX, or_zero=True)
 
-# %% ../nbs/00_core.ipynb #4add69f2
+# %% ../nbs/00_core.ipynb #025420d1
 def plainly(f):
     "`f`, taking tensor subclasses for plain tensors"
     @wraps(f)
@@ -59,7 +59,7 @@ def plainly(f):
         with torch._C.DisableTorchFunctionSubclass(): return f(*args, **kwargs)
     return inner
 
-# %% ../nbs/00_core.ipynb #ed408b50
+# %% ../nbs/00_core.ipynb #25609b46
 def private_generator(
     *salt, # Anything printable that tells this stream from others, such as a name and a rank
 )->torch.Generator: # On the CPU
@@ -68,7 +68,7 @@ def private_generator(
     seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), 'little')
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #b1d2a792
+# %% ../nbs/00_core.ipynb #b6ccc05b
 def draw_lam(
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
     n:int=1, # Number of draws
@@ -81,7 +81,7 @@ def draw_lam(
     logit = log_gamma[0] - log_gamma[1]
     return torch.sigmoid(logit.abs_() if fold else logit).float()
 
-# %% ../nbs/00_core.ipynb #6121be78
+# %% ../nbs/00_core.ipynb #820ad11c
 def perm_index(
     perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
     n:int, # Number of items
@@ -99,7 +99,7 @@ def partners(
     "`x` with each row replaced by its partner's"
     return x.roll(-perm, dim) if isinstance(perm, int) else x.index_select(dim, perm.to(x.device))
 
-# %% ../nbs/00_core.ipynb #87108f2f
+# %% ../nbs/00_core.ipynb #5bd48e8c
 def align(
     lam:Tensor, # One weight per row, shape (n,), or one for each place of a row, shape (n, *places)
     x:Tensor, # The tensor whose rows are weighted; with places shape (n, channels, *places)
@@ -158,7 +158,7 @@ def blend(
     with torch._C.DisableTorchFunctionSubclass(): res = _blend(x.as_subclass(Tensor), lam, perm, dim, out)
     return retain_type(res, x)
 
-# %% ../nbs/00_core.ipynb #77065c11
+# %% ../nbs/00_core.ipynb #262232b1
 _holders = getattr(torch._C, '_storage_Use_Count', None)
 
 class Reused:
@@ -184,7 +184,7 @@ class Reused:
             self.stride,self.alone,self.nbytes = x.stride(),self._count(),self.kept.untyped_storage().nbytes()
         return self.kept.detach()
 
-# %% ../nbs/00_core.ipynb #35f64771
+# %% ../nbs/00_core.ipynb #f42d1df3
 class Plan:
     "One draw for one batch: row `i` keeps `lam[i]` of itself and takes the rest from row `perm[i]`"
     def __init__(self,
@@ -200,10 +200,16 @@ class Plan:
     def index(self): return perm_index(self.perm, len(self), self.lam.device)
 
     def blend(self, x, dim=0, out=None): return blend(x, self.lam, self.perm, dim, out)
-    def check_whole(self, name): return self # does it give an item one weight?
     def blend_numbers(self, y): return blend(y, self.lam, self.perm)
     def partners(self, x, dim=0): return partners(x, self.perm, dim)
-    def places(self, y): return None # of a target that is mixed place by place
+
+    def check_whole(self, name):
+        "Raise an error if what is called `name`, which needs one weight for each item, cannot be mixed by this plan"
+        return self
+
+    def places(self, y):
+        "The size of a target that is mixed place by place, by `paste`; `None` for one that is mixed as a whole, as all are here"
+        return None
 
 def _send(x, device):
     "Move `x` to `device` without waiting for it"
@@ -228,7 +234,7 @@ def draw_plan(*args, **kwargs)->Plan:
     "One plan, drawn as by `draw_plans`"
     return draw_plans(1, *args, **kwargs)[0]
 
-# %% ../nbs/00_core.ipynb #3c405cab
+# %% ../nbs/00_core.ipynb #f9a60dc4
 class DrawnAhead:
     "Hands out plans one by one, drawn for many batches at a time"
     most,most_items = 64,4096
@@ -245,7 +251,7 @@ class DrawnAhead:
             self.count = min(2*self.count, self.most, max(1, self.most_items//n))
         return self.plans.pop()
 
-# %% ../nbs/00_core.ipynb #5c4c507d
+# %% ../nbs/00_core.ipynb #a4d1ac01
 def map_leaves(
     f:callable, # Called as `f(leaf, path)`; its result takes the place of the leaf
     o, # A tensor, or tuples, lists and mappings of such, nested at will

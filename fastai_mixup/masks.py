@@ -10,8 +10,8 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #a520f724
-from functools import cache, partial
+# %% ../nbs/09_masks.ipynb #d49edd9c
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ from fasttransform.cast import retain_type
 from torch import Tensor
 
 from .callback import MixUpCallback
-from .core import Plan, blend, check_choice, check_number, leaves, partners, plainly
+from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #8e046236
+# %% ../nbs/09_masks.ipynb #e4cf01ee
 class MaskPlan(Plan):
     "A plan in which each place of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
@@ -82,7 +82,7 @@ class MaskPlan(Plan):
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #7cb8e424
+# %% ../nbs/09_masks.ipynb #39908496
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -114,7 +114,7 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #5af83bfd
+# %% ../nbs/09_masks.ipynb #b6c2d059
 def _edges(centre, side, n):
     "The first place of a box and the first one after it, along a side of `n` places"
     width = (side*n).round()
@@ -167,7 +167,7 @@ def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #afbef588
+# %% ../nbs/09_masks.ipynb #1eeb634d
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
@@ -218,7 +218,7 @@ class FMixCallback(MaskCallback):
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #1f105371
+# %% ../nbs/09_masks.ipynb #220bb2c5
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
     def __init__(self,
@@ -243,7 +243,7 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #315e6bbf
+# %% ../nbs/09_masks.ipynb #9f66c602
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
     def __init__(self,
@@ -267,7 +267,7 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #b641f953
+# %% ../nbs/09_masks.ipynb #39ad8559
 def shrink_into(
     x:Tensor, # Shape (n, channels, *size), one to three dimensions of size
     centre:Tensor, # Of the box, as a share of each side, shape (n, at least the number of dimensions)
@@ -321,7 +321,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #e2a5e7da
+# %% ../nbs/09_masks.ipynb #1060a4f1
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):

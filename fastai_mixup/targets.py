@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/targets.html.md"""
 __all__ = ['check_targets', 'is_loss', 'is_known', 'is_cross_entropy', 'is_smoothing', 'is_nll', 'is_index', 'blend_targets',
            'loss_option', 'unreduced', 'knows_items', 'mixed_loss']
 
-# %% ../nbs/02_targets.ipynb #5982fa04
+# %% ../nbs/02_targets.ipynb #cfb8a841
 import copy
 import inspect
 from functools import lru_cache, partial
@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from fastai.losses import BaseLoss, FocalLoss, LabelSmoothingCrossEntropy
 from fastai.vision.core import TensorBBox, TensorPoint
+from fastcore.basics import noop
 from torch import Tensor, nn
 
 from .core import Plan, align, leaves, map_leaves, plainly
 from .losses import cross_entropy, fit_target, reduce_loss
 
-# %% ../nbs/02_targets.ipynb #a5eeac9a
+# %% ../nbs/02_targets.ipynb #68dfc3c1
 def _name(path): return 'Target ' + '/'.join(map(str, path))
 
 @plainly
@@ -40,7 +41,7 @@ def check_targets(
         if y.layout != torch.strided or y.ndim == 0 or len(y) != n: raise ValueError(
             f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} items.")
 
-# %% ../nbs/02_targets.ipynb #06293073
+# %% ../nbs/02_targets.ipynb #2538bcdc
 _TORCH_LOSSES = 'torch.nn.modules.loss', 'torch.nn.functional', 'fastai.losses'
 
 def _inner(loss_func): return loss_func.func if isinstance(loss_func, BaseLoss) else loss_func
@@ -70,7 +71,7 @@ def is_cross_entropy(loss_func): return is_loss(loss_func, nn.CrossEntropyLoss, 
 def is_smoothing(loss_func): return is_loss(loss_func, LabelSmoothingCrossEntropy)
 def is_nll(loss_func): return is_loss(loss_func, nn.NLLLoss, F.nll_loss)
 
-# %% ../nbs/02_targets.ipynb #b2a4f3c3
+# %% ../nbs/02_targets.ipynb #4a7af41a
 _LABELS = nn.MultiLabelMarginLoss,nn.HingeEmbeddingLoss,nn.SoftMarginLoss,nn.CosineEmbeddingLoss,nn.MarginRankingLoss
 
 @plainly
@@ -94,7 +95,7 @@ def blend_targets(
     dtype = torch.promote_types(getattr(pred, 'dtype', torch.float32), torch.float32)
     return map_leaves(lambda y,_: plan.blend_numbers(y if y.is_floating_point() or y.is_complex() else y.to(dtype)), yb)
 
-# %% ../nbs/02_targets.ipynb #e84e8803
+# %% ../nbs/02_targets.ipynb #e2e76f3c
 @lru_cache(maxsize=16)
 def _default(func, name):
     param = inspect.signature(func).parameters.get(name)
@@ -125,7 +126,7 @@ def unreduced(
     res.reduction = 'none'
     return res
 
-# %% ../nbs/02_targets.ipynb #d17e22f0
+# %% ../nbs/02_targets.ipynb #f216a9b4
 def knows_items(
     loss_func, # Any loss function
 )->bool:
@@ -133,7 +134,7 @@ def knows_items(
     if callable(getattr(loss_func, 'mixed', None)) or is_cross_entropy(loss_func) or is_nll(loss_func): return True
     return is_known(loss_func) and loss_option(loss_func, 'reduction') is not None and not is_loss(loss_func, nn.CTCLoss, F.ctc_loss)
 
-# %% ../nbs/02_targets.ipynb #0cdee418
+# %% ../nbs/02_targets.ipynb #c579d661
 def _in_order_of(loss_func, loss):
     "Unreduced losses as `loss_func` arranges them"
     if not isinstance(loss_func, BaseLoss) or loss.ndim == 0: return loss
@@ -167,16 +168,6 @@ def _mixed_items(loss_func, pred, yb, yb1, plan):
     weight = torch.lerp(*(_nll_weight(loss_func, y[0], l) for y in (yb1, yb)), lam) if is_nll(loss_func) else None
     return reduce_loss(torch.lerp(l1, l, lam), loss_option(loss_func, 'reduction'), weight)
 
-def _mixed_rest(loss_func, pred, yb, settled, plan):
-    "The loss where some targets have been mixed before, place by place"
-    known = {id(y) for (y,_),done in zip(leaves(yb), settled) if done}
-    rest = [y for y,_ in leaves(yb) if id(y) not in known]
-    if not any(is_index(y, pred, loss_func) for y in rest):
-        return loss_func(pred, *map_leaves(lambda y,_: y if id(y) in known else blend_targets((y,), plan, pred)[0], yb))
-    yb1 = map_leaves(lambda y,_: y if id(y) in known else plan.partners(y), yb)
-    if knows_items(loss_func): return _mixed_items(loss_func, pred, yb, yb1, plan)
-    return torch.lerp(loss_func(pred, *yb1), loss_func(pred, *yb), plan.lam[0])
-
 def mixed_loss(
     loss_func, # Any loss function
     pred, # Predictions
@@ -184,13 +175,12 @@ def mixed_loss(
     plan:Plan, # Who is mixed with whom, and how much; one `lam` for all unless `knows_items(loss_func)`
 )->Tensor: # What `loss_func` returns
     "The loss of `pred` against the mixed targets"
-    settled,yb = [plan.places(y) is not None for y,_ in leaves(yb)],map_leaves(lambda y,_: y if plan.places(y) is None else plan.paste(y), yb)
-    if all(settled): return loss_func(pred, *yb)
-    if any(settled): return _mixed_rest(loss_func, pred, yb, settled, plan)
-    if not any(is_index(y, pred, loss_func) for y,_ in leaves(yb)): return loss_func(pred, *blend_targets(yb, plan, pred))
+    def mixed(f): return map_leaves(lambda y,_: f(y) if plan.places(y) is None else plan.paste(y), yb)
+    rest = [y for y,_ in leaves(yb) if plan.places(y) is None]
+    if not any(is_index(y, pred, loss_func) for y in rest): return loss_func(pred, *mixed(lambda y: blend_targets((y,), plan, pred)[0]))
     if len(yb) == 1 and isinstance(pred, Tensor) and isinstance(yb[0], Tensor):
         if callable(getattr(loss_func, 'mixed', None)): return _mixed_by_itself(loss_func, pred, yb[0], plan)
         if is_cross_entropy(loss_func) or is_smoothing(loss_func): return _mixed_cross_entropy(loss_func, pred, yb[0], plan)
-    yb1 = map_leaves(lambda y,_: plan.partners(y), yb)
+    yb,yb1 = mixed(noop),mixed(plan.partners)
     if knows_items(loss_func): return _mixed_items(loss_func, pred, yb, yb1, plan)
     return torch.lerp(loss_func(pred, *yb1), loss_func(pred, *yb), plan.lam[0])

@@ -141,9 +141,21 @@ def test_cutmix_lam_is_distributed_as_torchvisions():
     lams = [theirs.make_params([torch.zeros(2, 1, *size)])['lam_adjusted'] for _ in range(720)]
     assert stats.ks_2samp(ours.numpy(), lams).pvalue > 1e-3
 
+class Lams(Callback):
+    order = 50
+    def before_fit(self): self.seen = []
+    def after_pred(self): self.seen.append(self.learn.cut_mix.plan.lam)
+
 def test_correct_off_keeps_what_was_drawn():
-    drawn = [x for x,*_ in trained(CutMix(correct=False), (9, 8), LABELS, CrossEntropyLossFlat())]
-    assert len(drawn) == 6
+    lams = Lams()
+    pages = trained([CutMix(correct=False), lams], (40, 30), LABELS, CrossEntropyLossFlat(), n=100)
+    drawn,left = torch.cat(lams.seen),torch.cat([matrix(x).diagonal() for x,*_ in pages])
+    assert stats.kstest(drawn.numpy(), 'uniform').pvalue > 1e-3
+    assert (left > drawn - .03).all() and (left > drawn + .05).float().mean() > .2
+    for (x,pred,got),lam in zip(pages, lams.seen):
+        y1 = LABELS[matrix(x).fill_diagonal_(0).argmax(1)]
+        ce = lambda y: F.cross_entropy(pred, y, reduction='none')
+        if matrix(x).diagonal().max() < 1: torch.testing.assert_close(got, (lam*ce(LABELS) + (1-lam)*ce(y1)).mean())
 
 def test_boxes_inside_and_clipped():
     centre,side = torch.tensor([[.5, .5], [0., 1.]]),torch.tensor([[.5], [.5]])
@@ -194,9 +206,15 @@ def test_random_choice_is_remembered_by_the_seed_and_leaves_others_alone():
     assert all(map(torch.equal, a, b))
 
 def test_random_choice_among_doses_serves_tables():
-    x = torch.eye(N)
-    learn = Learner(DataLoaders([(x, LABELS)]*30, []), nn.Linear(N, C), CrossEntropyLossFlat(), cbs=RandomMix([MixUp(.1), MixUp(8.)], [.4, .4], per='item'))
+    x,rows = torch.eye(N),[]
+    model = nn.Linear(N, C)
+    model.register_forward_pre_hook(lambda m,args: rows.append(args[0].clone()))
+    learn = Learner(DataLoaders([(x, LABELS)]*100, []), model, CrossEntropyLossFlat(), cbs=RandomMix([MixUp(.1), MixUp(1e9)], [.4, .4], per='item'))
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    M = torch.stack(rows)
+    assert ((M > 0).sum(2) <= 2).all()
+    half = (M.diagonal(dim1=1, dim2=2) < .501).float().mean()
+    assert .33 < half < .47
     with pytest.raises(ValueError, match='needs items with places'): trained(RandomMix([MixUp(.1), CutMix()], per='item'), None, LABELS, CrossEntropyLossFlat(), x=x)
 
 def test_two_that_mix_are_refused():
@@ -268,9 +286,15 @@ def two_inputs(cb, a, b):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn.model
 
-@pytest.mark.parametrize('a,b', [((N, 2, 9), (N, 3, 6, 8)), ((N, 3, 6, 8), (N, 1, 4, 5, 6)), ((N, 3, 6, 8), (N, 3, 12, 16))], ids=['signal and picture', 'picture and volume', 'two sizes'])
+@pytest.mark.parametrize('a,b', [((9,), (6, 8)), ((6, 8), (4, 5, 6)), ((6, 8), (12, 16))], ids=['signal and picture', 'picture and volume', 'two sizes'])
 @each_method
-def test_inputs_of_different_kinds(name, a, b): two_inputs(METHODS[name](), torch.randn(a), torch.randn(b))
+def test_inputs_of_different_kinds(name, a, b):
+    "Each is mixed, with the same partners"
+    torch.manual_seed(0)
+    model = two_inputs(METHODS[name](), own_numbers(a), own_numbers(b))
+    shares = [matrix(o).fill_diagonal_(0) for o in (model.a, model.b)]
+    both = (shares[0].sum(1) > 0) & (shares[1].sum(1) > 0)
+    assert both.any() and torch.equal(shares[0].argmax(1)[both], shares[1].argmax(1)[both])
 
 def test_salience_is_that_of_the_inputs_that_are_mixed():
     dull,dot = torch.zeros(N, 1, 20, 20),torch.zeros(N, 1, 20, 20)
