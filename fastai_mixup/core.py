@@ -6,10 +6,10 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/core.html.md"""
 
 # %% auto #0
 __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'check_number', 'check_choice', 'check_alpha', 'plainly', 'private_generator', 'draw_lam',
-           'perm_index', 'partners', 'align', 'blend', 'Reused', 'Plan', 'draw_plans', 'draw_plan', 'DrawnAhead',
-           'map_leaves', 'leaves']
+           'perm_index', 'Others', 'partners', 'align', 'blend', 'Reused', 'Plan', 'draw_plans', 'draw_plan',
+           'DrawnAhead', 'map_leaves', 'leaves']
 
-# %% ../nbs/00_core.ipynb #8e5d25a0
+# %% ../nbs/00_core.ipynb #9739f313
 import copy
 import hashlib
 import sys
@@ -21,7 +21,7 @@ import torch
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #39f7be09
+# %% ../nbs/00_core.ipynb #02f11ffb
 ALPHA_MIN, ALPHA_MAX = 1e-9, 1e9
 
 def check_number(
@@ -51,7 +51,7 @@ def check_alpha(alpha):
     "Return `alpha`, the parameter of Beta(alpha, alpha): 0 for no mixing, or a number from 1e-9 to 1e9"
     return check_number('alpha', alpha, ALPHA_MIN, ALPHA_MAX, or_zero=True)
 
-# %% ../nbs/00_core.ipynb #025420d1
+# %% ../nbs/00_core.ipynb #7f738a88
 def plainly(f):
     "`f`, taking tensor subclasses for plain tensors"
     @wraps(f)
@@ -59,7 +59,7 @@ def plainly(f):
         with torch._C.DisableTorchFunctionSubclass(): return f(*args, **kwargs)
     return inner
 
-# %% ../nbs/00_core.ipynb #25609b46
+# %% ../nbs/00_core.ipynb #abf2a5bb
 def private_generator(
     *salt, # Anything printable that tells this stream from others, such as a name and a rank
 )->torch.Generator: # On the CPU
@@ -68,7 +68,7 @@ def private_generator(
     seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), 'little')
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #b6ccc05b
+# %% ../nbs/00_core.ipynb #2c50ef9f
 def draw_lam(
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
     n:int=1, # Number of draws
@@ -81,7 +81,7 @@ def draw_lam(
     logit = log_gamma[0] - log_gamma[1]
     return torch.sigmoid(logit.abs_() if fold else logit).float()
 
-# %% ../nbs/00_core.ipynb #820ad11c
+# %% ../nbs/00_core.ipynb #1309aa16
 def perm_index(
     perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
     n:int, # Number of items
@@ -91,15 +91,32 @@ def perm_index(
     if isinstance(perm, Tensor): return perm.to(device)
     return torch.arange(perm, perm+n, device=device) % n
 
+class Others:
+    "Partners from outside of the batch, known for the inputs and targets of the batch as they are"
+    def __init__(self,
+        pairs:list, # Of (tensor of the batch, its partners as a tensor of the same shape and type)
+    ): self.known = {self._key(x): (x, other) for x,other in pairs}
+
+    def _key(self, x): return x.data_ptr(),x.numel(),x.dtype
+
+    def __call__(self,
+        x:Tensor, # A tensor of the batch, or a view of all of it
+    )->Tensor: # Shape and type of `x`
+        "The partners of `x`; a `RuntimeError` if it is nothing that is known"
+        if self._key(x) not in self.known: raise RuntimeError(
+            f"Partners from outside of the batch are known for its inputs and targets only, not for a tensor of shape {tuple(x.shape)} made from them.")
+        return self.known[self._key(x)][1].reshape(x.shape)
+
 def partners(
     x:Tensor, # Any tensor with n rows along `dim`
-    perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
+    perm:int|Tensor|Others, # A rotation, or the index of each item's partner, shape (n,), or partners from elsewhere
     dim:int=0, # The batch dimension of `x`
 )->Tensor: # Shape and type of `x`
     "`x` with each row replaced by its partner's"
+    if isinstance(perm, Others): return perm(x)
     return x.roll(-perm, dim) if isinstance(perm, int) else x.index_select(dim, perm.to(x.device))
 
-# %% ../nbs/00_core.ipynb #5bd48e8c
+# %% ../nbs/00_core.ipynb #47976bbd
 def align(
     lam:Tensor, # One weight per row, shape (n,), or one for each place of a row, shape (n, *places)
     x:Tensor, # The tensor whose rows are weighted; with places shape (n, channels, *places)
@@ -137,19 +154,28 @@ class _BlendRotated(torch.autograd.Function):
         for row,weight,res in zip(_cut(g, n-k, dim), _cut(1-lam, n-k, dim), reversed(_cut(out, k, dim))): res.addcmul_(row, weight)
         return out, None, None, None
 
+def _average(x, other, lam, dim, out):
+    if x.is_complex():
+        real = _average(torch.view_as_real(x), torch.view_as_real(other), lam if lam.ndim == 1 else lam.unsqueeze(-1), dim % x.ndim, None)
+        return torch.view_as_complex(real)
+    weight = align(lam, x, dim)
+    if weight.dtype != x.dtype: return torch.lerp(other.to(weight.dtype), x.to(weight.dtype), weight).to(x.dtype)
+    if out is None or (torch.is_grad_enabled() and x.requires_grad): return torch.lerp(other, x, weight)
+    return torch.lerp(other, x, weight, out=out.like(x))
+
 def _blend(x, lam, perm, dim, out=None):
+    if not isinstance(perm, int): return _average(x, partners(x, perm, dim), lam, dim, out)
     if x.is_complex():
         return torch.view_as_complex(_blend(torch.view_as_real(x), lam if lam.ndim == 1 else lam.unsqueeze(-1), perm, dim % x.ndim))
     weight = align(lam, x, dim)
     if weight.dtype != x.dtype: return _blend(x.to(weight.dtype), lam, perm, dim).to(x.dtype)
-    if isinstance(perm, Tensor): return torch.lerp(partners(x, perm, dim), x, weight)
     if x.requires_grad and torch.is_grad_enabled(): return _BlendRotated.apply(x, weight, perm, dim)
     return _rotate(x, weight, perm, dim, torch.empty_like(x) if out is None else out.like(x))
 
 def blend(
     x:Tensor, # Floating point or complex, with n rows along `dim`
     lam:Tensor, # Weight of each row itself, in [0, 1], shape (n,), or of each of its places, shape (n, *places); its partner has 1-lam
-    perm:int|Tensor, # A rotation, or the index of each row's partner, shape (n,)
+    perm:int|Tensor|Others, # A rotation, or the index of each row's partner, shape (n,), or partners from elsewhere
     dim:int=0, # The batch dimension of `x`
     out:'Reused|None'=None, # Memory to use again where that is safe
 )->Tensor: # Shape, dtype, memory format and type of `x`
@@ -158,7 +184,7 @@ def blend(
     with torch._C.DisableTorchFunctionSubclass(): res = _blend(x.as_subclass(Tensor), lam, perm, dim, out)
     return retain_type(res, x)
 
-# %% ../nbs/00_core.ipynb #262232b1
+# %% ../nbs/00_core.ipynb #2b4e6172
 _holders = getattr(torch._C, '_storage_Use_Count', None)
 
 class Reused:
@@ -184,23 +210,48 @@ class Reused:
             self.stride,self.alone,self.nbytes = x.stride(),self._count(),self.kept.untyped_storage().nbytes()
         return self.kept.detach()
 
-# %% ../nbs/00_core.ipynb #f42d1df3
+# %% ../nbs/00_core.ipynb #1a87c8b0
 class Plan:
     "One draw for one batch: row `i` keeps `lam[i]` of itself and takes the rest from row `perm[i]`"
+    told = scale = None
     def __init__(self,
         lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
-        perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
+        perm:int|Tensor|Others, # A rotation, or the index of each item's partner, shape (n,), or partners from elsewhere
         shared:bool=False, # Is `lam` the same one for all?
     ): self.lam,self.perm,self.shared = lam,perm,shared
 
     def __len__(self): return len(self.lam)
-    def __repr__(self): return f'Plan(lam={self.lam.tolist()}, perm={self.index.tolist()})'
+    def __repr__(self): return f"Plan(lam={self.lam.tolist()}, perm={'others' if isinstance(self.perm, Others) else self.index.tolist()})"
 
     @property
     def index(self): return perm_index(self.perm, len(self), self.lam.device)
 
+    @property
+    def label_lam(self): return self.lam if self.told is None else self.told
+
+    @property
+    def label_weights(self):
+        "The weights of each item's own label and of its partner's"
+        weights = self.label_lam,1-self.label_lam
+        return weights if self.scale is None else tuple(w*self.scale for w in weights)
+
+    def tell(self,
+        lam:Tensor, # Weight of the item's own label, in [0, 1], shape (n,)
+        scale:Tensor|None=None, # Weight of the item in the loss, shape (n,); `None` for 1
+    ):
+        "Let the loss weigh the labels in another way than the inputs"
+        self.told,self.scale = lam,scale
+
+    def settle(self):
+        "What is known of the labels' weights after the forward pass only"
+
     def blend(self, x, dim=0, out=None): return blend(x, self.lam, self.perm, dim, out)
-    def blend_numbers(self, y): return blend(y, self.lam, self.perm)
+    def blend_numbers(self, y, dtype=None):
+        "The average of targets, which become numbers of type `dtype`"
+        numbers = y if dtype is None else y.to(dtype)
+        perm = Others([(numbers, self.perm(y).to(numbers.dtype))]) if isinstance(self.perm, Others) else self.perm
+        return blend(numbers, self.label_lam, perm)
+
     def partners(self, x, dim=0): return partners(x, self.perm, dim)
 
     def check_whole(self, name):
@@ -219,7 +270,7 @@ def _send(x, device):
 def draw_plans(
     count:int, # Number of plans
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
-    n:int, # Number of items, at least 2
+    n:int, # Number of items; one alone is its own partner
     fold:bool=True, # Replace lam by max(lam, 1-lam)?
     per:str='item', # 'item' for a lam per item, 'batch' for one that all items share
     generator:torch.Generator|None=None, # On the CPU; `None` is torch's global one
@@ -227,14 +278,14 @@ def draw_plans(
 )->list: # Of `Plan`
     "Draw who is mixed with whom, and how much, for `count` batches"
     lam = draw_lam(alpha, count*n, fold, generator).view(count, n) if per == 'item' else draw_lam(alpha, count, fold, generator)[:,None].repeat(1, n)
-    rotations = torch.randint(1, n, (count,), generator=generator).tolist()
+    rotations = torch.randint(1, max(n, 2), (count,), generator=generator).tolist()
     return [Plan(*o, per == 'batch') for o in zip(_send(lam, device).unbind(), rotations)]
 
 def draw_plan(*args, **kwargs)->Plan:
     "One plan, drawn as by `draw_plans`"
     return draw_plans(1, *args, **kwargs)[0]
 
-# %% ../nbs/00_core.ipynb #f9a60dc4
+# %% ../nbs/00_core.ipynb #6ec52e02
 class DrawnAhead:
     "Hands out plans one by one, drawn for many batches at a time"
     most,most_items = 64,4096
@@ -251,7 +302,7 @@ class DrawnAhead:
             self.count = min(2*self.count, self.most, max(1, self.most_items//n))
         return self.plans.pop()
 
-# %% ../nbs/00_core.ipynb #a4d1ac01
+# %% ../nbs/00_core.ipynb #6d68af40
 def map_leaves(
     f:callable, # Called as `f(leaf, path)`; its result takes the place of the leaf
     o, # A tensor, or tuples, lists and mappings of such, nested at will

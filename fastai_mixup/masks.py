@@ -10,7 +10,7 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #d49edd9c
+# %% ../nbs/09_masks.ipynb #e42e573a
 from functools import cache
 
 import torch
@@ -22,7 +22,7 @@ from .callback import MixUpCallback
 from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #e4cf01ee
+# %% ../nbs/09_masks.ipynb #f5afde69
 class MaskPlan(Plan):
     "A plan in which each place of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
@@ -70,19 +70,19 @@ class MaskPlan(Plan):
         number,signal = y.is_floating_point(),len(self.size) == 1
         for size,channels in ((tuple(y.shape[1:]), False), (tuple(y.shape[2:]), True)):
             if len(size) != len(self.size) or (number and signal and not channels): continue # one number for each class
-            if size == self.size or (not signal and (channels or not number) and self._coarser(size)): return size
+            if size == self.size or (not signal and (channels or not number) and self._alike(size)): return size
 
-    def _coarser(self, size):
-        "Masks may have fewer places than pictures, of the same proportions"
+    def _alike(self, size):
+        "Targets may have fewer places than what was mixed, or more, of the same proportions"
         scale = size[0]/self.size[0]
-        return scale < 1 and all(abs(a - scale*b) < 1 for a,b in zip(size, self.size))
+        return all(abs(a - scale*b) < max(scale, 1) for a,b in zip(size, self.size))
 
     def paste(self, y):
         "Targets with places, each place taken from the item that has more of it; numbers are averaged"
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #39908496
+# %% ../nbs/09_masks.ipynb #53869f57
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -103,6 +103,7 @@ def check_not_given(kwargs, instead):
 
 class MaskCallback(MixUpCallback):
     "Base of the callbacks that mix by a mask"
+    needs_places = True
     def uniform(self,
         plan:Plan, # For which batch
         *shape, # Of the draws for each item
@@ -114,7 +115,7 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #b6c2d059
+# %% ../nbs/09_masks.ipynb #8bd1908b
 def _edges(centre, side, n):
     "The first place of a box and the first one after it, along a side of `n` places"
     width = (side*n).round()
@@ -167,7 +168,7 @@ def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #1eeb634d
+# %% ../nbs/09_masks.ipynb #efa728c9
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
@@ -210,15 +211,17 @@ class FMixCallback(MaskCallback):
         self.decay,self.soft = check_number('decay', decay, 0, 10),check_number('soft', soft, 0, 1)
 
     def shape(self, plan):
-        rows,seed = 1 if plan.shared else len(plan),int(torch.randint(2**62, (), generator=self.draws.generator))
+        rows,seed,shown = 1 if plan.shared else len(plan),int(torch.randint(2**62, (), generator=self.draws.generator)),[]
         def make(size):
+            if shown and shown[0].ndim == len(size)+1: return F.interpolate(shown[0].unsqueeze(1), size, mode='nearest-exact').squeeze(1)
             height = low_frequency_noise(rows, size, self.decay, seed, plan.lam.device)
-            return top_mask(height.expand(len(plan), *size), plan.lam, self.soft)
+            shown[:] = [top_mask(height.expand(len(plan), *size), plan.lam, self.soft)]
+            return shown[0]
         return MaskPlan(plan.lam, plan.perm, make, 'FMix')
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #220bb2c5
+# %% ../nbs/09_masks.ipynb #0e2c5097
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
     def __init__(self,
@@ -243,7 +246,7 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #9f66c602
+# %% ../nbs/09_masks.ipynb #8f93a38a
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
     def __init__(self,
@@ -267,7 +270,7 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #39ad8559
+# %% ../nbs/09_masks.ipynb #1387667f
 def shrink_into(
     x:Tensor, # Shape (n, channels, *size), one to three dimensions of size
     centre:Tensor, # Of the box, as a share of each side, shape (n, at least the number of dimensions)
@@ -321,7 +324,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #1060a4f1
+# %% ../nbs/09_masks.ipynb #ffdec801
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):
@@ -355,7 +358,7 @@ class SaliencyMixCallback(CutMixCallback):
         mixer = self.mixer or InputMixer(self.learn.model, self.learn.xb, self.inputs)
         pictures = [x for x,path in leaves(self.learn.xb) if mixer.rule(x, path, len(plan)) == 'blend' and x.is_floating_point() and 3 <= x.ndim <= 5]
         if pictures:
-            salient = plan.partners(salient_centre(pictures[0]))
+            salient = salient_centre(plan.partners(pictures[0]))
             centre[:,:salient.shape[1]] = salient
         return centre
 
