@@ -7,13 +7,13 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/indices.html.md"""
 # %% auto #0
 __all__ = ['Origin', 'DerivedIndex', 'MixedIndex']
 
-# %% ../nbs/03_indices.ipynb #b74cb2b7
+# %% ../nbs/03_indices.ipynb #9ca45222
 import torch
 from torch import Tensor
 
-from .core import Plan, leaves, map_leaves
+from .core import Others, Plan, leaves, map_leaves
 
-# %% ../nbs/03_indices.ipynb #507df15b
+# %% ../nbs/03_indices.ipynb #488b1bfa
 _JOIN = set('cat concat concatenate stack hstack vstack dstack'.split())
 _REARRANGE = set('''__getitem__ __get__ T t transpose swapaxes swapdims permute movedim moveaxis view reshape flatten ravel unflatten view_as reshape_as
     squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave narrow select index_select take_along_dim gather masked_select
@@ -125,7 +125,7 @@ class MixedIndex(_Tracked):
         if name == 'embedding_bag' and (self.ndim != 2 or dim != 0): raise TypeError(
             f"{self.origins[0].label}: an embedding bag can be mixed only where its input has one row per item, shape (bs, n).")
         for o in self.origins: o.lookups += 1
-        if dim is not None: return plan.blend(f(self.own), dim)
+        if dim is not None and not isinstance(plan.perm, Others): return plan.blend(f(self.own), dim)
         if name == 'index_select' or _at(5, 'scale_grad_by_freq')(args, kwargs): own,partner = f(self.own),f(self.partner)
         else: own,partner = f(torch.stack([self.own, self.partner]))
         return _lerp(partner, own, self.lam.reshape(*self.shape, *[1]*(own.ndim-self.ndim)))

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #16be4da2
+# %% ../nbs/08_manifold.ipynb #2ed70f4a
 import random
 import sys
 import threading
@@ -25,13 +25,13 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from .callback import MixCallback
+from .callback import AroundCallback, MixCallback
 from .core import Plan, check_choice, leaves, map_leaves, private_generator
 from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
-from .inputs import is_compiled
+from .inputs import InputMixer, is_compiled
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #8dbea780
+# %% ../nbs/08_manifold.ipynb #da9844b6
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -68,14 +68,20 @@ class ArmedLayer:
         self.owner = weakref.ref(owner, lambda _: handle.remove())
 
     def __call__(self, module, args, out):
-        if module is not self.cut.module: return
+        if module is self.cut.module and self._asked(): return self._mixed(out)
+
+    def _asked(self):
+        "Is the model answering to the batch?"
         owner = self.owner()
         if owner is None or owner.armed is not self or owner.learn is None or not _in_batch(owner.learn): return self.disarm()
-        if not _in_backward():
-            call = _answering(owner.learn)
-            if call is None: return
-            if self.call() is not call: self.call,self.calls = weakref.ref(call),0
-            self.calls += 1
+        if _in_backward(): return True
+        call = _answering(owner.learn)
+        if call is None: return False
+        if self.call() is not call: self.call,self.calls = weakref.ref(call),0
+        self.calls += 1
+        return True
+
+    def _mixed(self, out):
         mixed = map_leaves(self._mix, out)
         if all(a is b for (a,_),(b,_) in zip(leaves(out), leaves(mixed))): raise RuntimeError(
             f"{self.cut.name} gave nothing that has a row for each of the {len(self.plan)} items.")
@@ -103,7 +109,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #bc861c6b
+# %% ../nbs/08_manifold.ipynb #4b73d4a6
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -152,18 +158,22 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #c480a536
-class ManifoldMixUpCallback(MixCallback):
+# %% ../nbs/08_manifold.ipynb #880bf5a8
+class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
-    @delegates(MixCallback.__init__)
+    @delegates(MixCallback.__init__, but=['alpha'])
     def __init__(self,
-        alpha:float=0.4, # Parameter of Beta(alpha, alpha): 0 for no mixing, or from 1e-9 to 1e9; larger mixes more
+        alpha:float|None=None, # Parameter of Beta(alpha, alpha): 0 for no mixing, or from 1e-9 to 1e9; larger mixes more. `None` is 0.4
         layers=None, # Modules, names, patterns ('layer?'), types or 'output', one or a list; `None` finds block ends by structure
         include_input:bool|None=None, # Is the input one of the places? `None`: yes, unless `layers` is 'output' alone
+        method=None, # A callback such as `CutMix()`, by whose dials the items are mixed; `None` averages them by `alpha`
         **kwargs
     ):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"
-        super().__init__(alpha, **kwargs)
+        super().__init__(alpha, method, **kwargs)
+        for cb in (self, method):
+            if getattr(getattr(cb, 'pairing', None), 'needs_leaves', False): raise ValueError(
+                f"pairing={cb.pairing!r} is for inputs only: hidden activations of another batch belong to another state of the model")
         self.wanted = None if layers is None else list(layers) if isinstance(layers, (list, tuple, nn.ModuleList)) else [layers]
         check_choice('include_input', include_input, (None, True, False))
         self.include_input = self.wanted != ['output'] if include_input is None else include_input
@@ -217,13 +227,24 @@ class ManifoldMixUpCallback(MixCallback):
         hidden = wanted is None or [o for o in wanted if o != 'output']
         model = self._inner_model() if hidden else None
         self.cuts = find_cuts(model, xb, n, self.inputs) if hidden else []
-        if wanted is None: chosen = choose_cuts(self.cuts, holds=lambda c: knows_nothing_else(model, c, xb, n, self.inputs))
+        where = self._with_places(xb, n)
+        if wanted is None: chosen = choose_cuts(list(filter(where, self.cuts)), holds=lambda c: knows_nothing_else(model, c, xb, n, self.inputs))
         else: chosen = list({c.name: c for o in wanted if o != 'output' for c in select_cuts(self.cuts, model, o)}.values())
+        for c in chosen:
+            if not where(c): raise ValueError(f"layers: {c.name} gives {' x '.join(map(str, c.shape))}, but {self.method!r} needs places there, as its inputs have them")
         if wanted is None and not chosen: self._no_layer(model)
         self.places = ['input']*self.include_input + chosen + ['output']*('output' in (wanted or []))
 
+    def _with_places(self, xb, n):
+        "A test whether a layer suits the method: one that needs places keeps to layers with as many dimensions as the inputs"
+        if self.method is None or not self.method.needs_places: return lambda cut: True
+        mixer = InputMixer(self.learn.model, xb, self.inputs)
+        dims = {x.ndim for x,path in leaves(xb) if mixer.rule(x, path, n) == 'blend'} - ({3} if self.wanted is None else set())
+        return lambda cut: len(cut.shape) in dims and cut.shape[0] == 'bs' and 1 not in cut.shape[2:]
+
     def _no_layer(self, model):
         what = f"{type(model).__name__} has no hidden layer that every path from the inputs to the prediction crosses once"
+        if self.method is not None and self.method.needs_places: what += f" and whose output has places for {self.method!r}"
         if not self.include_input: raise ValueError(f"{what}. Use `MixUp`, or layers='output'.")
         warn(f"{what}: ManifoldMixUp mixes at its input only, as `MixUp` does.")
 

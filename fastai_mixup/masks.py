@@ -10,7 +10,7 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #e42e573a
+# %% ../nbs/09_masks.ipynb #55dd3f20
 from functools import cache
 
 import torch
@@ -22,7 +22,7 @@ from .callback import MixUpCallback
 from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #f5afde69
+# %% ../nbs/09_masks.ipynb #14c90b43
 class MaskPlan(Plan):
     "A plan in which each place of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
@@ -82,7 +82,7 @@ class MaskPlan(Plan):
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #53869f57
+# %% ../nbs/09_masks.ipynb #8f26d788
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -115,7 +115,7 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #8bd1908b
+# %% ../nbs/09_masks.ipynb #505577f3
 def _edges(centre, side, n):
     "The first place of a box and the first one after it, along a side of `n` places"
     width = (side*n).round()
@@ -168,7 +168,7 @@ def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #efa728c9
+# %% ../nbs/09_masks.ipynb #b173220b
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
@@ -221,7 +221,7 @@ class FMixCallback(MaskCallback):
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #0e2c5097
+# %% ../nbs/09_masks.ipynb #6f74e9cd
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
     def __init__(self,
@@ -246,7 +246,7 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #8f93a38a
+# %% ../nbs/09_masks.ipynb #1e463baf
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
     def __init__(self,
@@ -270,22 +270,30 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #1387667f
+# %% ../nbs/09_masks.ipynb #66774a79
+def _on_a_line(centre, side):
+    "The box of a signal as that of a picture one place high"
+    return torch.stack([torch.full_like(centre[:,0], .5), centre[:,0]], 1),torch.cat([torch.ones_like(side), side], 1)
+
 def shrink_into(
     x:Tensor, # Shape (n, channels, *size), one to three dimensions of size
     centre:Tensor, # Of the box, as a share of each side, shape (n, at least the number of dimensions)
     side:Tensor, # Of the box, as a share of each side, shape (n, 1)
     mode:str='bilinear', # Or 'nearest', for class indices
+    source:tuple|None=None, # Centre and side of the box that is shown, like those of the box; `None` for the whole
 )->Tensor: # Shape and dtype of `x`; what is outside of the box means nothing
-    "Each item as a whole, resized to its box and put there"
-    if x.is_complex(): return torch.complex(*(shrink_into(part, centre, side, mode) for part in (x.real, x.imag)))
-    if x.ndim == 3: return shrink_into(x.unsqueeze(2), torch.stack([torch.full_like(centre[:,0], .5), centre[:,0]], 1),
-                                       torch.cat([torch.ones_like(side), side], 1), mode).squeeze(2)
+    "Each item, or a box of it, resized to its box and put there"
+    if x.is_complex(): return torch.complex(*(shrink_into(part, centre, side, mode, source) for part in (x.real, x.imag)))
+    if x.ndim == 3: return shrink_into(x.unsqueeze(2), *_on_a_line(centre, side), mode, source and _on_a_line(*source)).squeeze(2)
     n,_,*size = x.shape
     at = []
     for dim,s in enumerate(size):
         low,high = _edges(centre[:,dim], side.expand_as(centre)[:,dim], s)
-        along = (torch.arange(s, device=x.device)+.5 - low[:,None]) / (high-low).clamp_min(1)[:,None]*2 - 1
+        along = (torch.arange(s, device=x.device)+.5 - low[:,None]) / (high-low).clamp_min(1)[:,None]
+        if source is not None:
+            first,end = _edges(source[0][:,dim], source[1].expand_as(source[0])[:,dim], s)
+            along = (first[:,None] + along*(end-first)[:,None]) / s
+        along = along*2 - 1
         at.append(along.view(n, *[s if d == dim else 1 for d in range(len(size))]).expand(n, *size))
     work = x if x.is_floating_point() and x.dtype.itemsize >= 4 else x.float()
     grid = torch.stack(at[::-1], -1).to(work.dtype)
@@ -324,7 +332,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #ffdec801
+# %% ../nbs/09_masks.ipynb #882b0b07
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):

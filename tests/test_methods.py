@@ -318,9 +318,9 @@ def test_which_targets_have_places():
     from fastai_mixup.masks import MaskPlan
     plan = MaskPlan(torch.ones(2), 1, lambda size: torch.ones(2, *size))
     plan.mask((8, 12))
-    sizes = {(2, 8, 12): (8, 12), (2, 1, 8, 12): (8, 12), (2, 4, 6): (4, 6), (2, 3, 4, 6): (4, 6), (2, 4, 10): None, (2,): None, (2, 7): None, (2, 16, 24): None}
+    sizes = {(2, 8, 12): (8, 12), (2, 1, 8, 12): (8, 12), (2, 4, 6): (4, 6), (2, 3, 4, 6): (4, 6), (2, 4, 10): None, (2,): None, (2, 7): None, (2, 16, 24): (16, 24)}
     assert {shape: plan.places(torch.zeros(shape, dtype=torch.long)) for shape in sizes} == sizes
-    numbers = sizes | {(2, 4, 6): None}
+    numbers = sizes | {(2, 4, 6): None, (2, 16, 24): None, (2, 3, 16, 24): (16, 24)}
     assert {shape: plan.places(torch.zeros(shape)) for shape in numbers} == numbers
 
 def test_complex_pictures_are_resized_whole():
