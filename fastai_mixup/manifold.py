@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #2ed70f4a
+# %% ../nbs/08_manifold.ipynb #69e7b464
 import random
 import sys
 import threading
@@ -28,10 +28,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from .callback import AroundCallback, MixCallback
 from .core import Plan, check_choice, leaves, map_leaves, private_generator
 from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
-from .inputs import InputMixer, is_compiled
+from .inputs import InputMixer, is_compiled, unwrapped
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #da9844b6
+# %% ../nbs/08_manifold.ipynb #1ffae647
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -109,7 +109,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #4b73d4a6
+# %% ../nbs/08_manifold.ipynb #3a386618
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -158,7 +158,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #880bf5a8
+# %% ../nbs/08_manifold.ipynb #c3f4b84c
 class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['alpha'])
@@ -194,7 +194,18 @@ class ManifoldMixUpCallback(AroundCallback):
         self.place = self.kept_place if self.kept is not None and self.plan is self.kept else self._draw_place()
         if self.place == 'input': return self.mix_inputs()
         cut = Cut('The model', self.learn.model, [], (), 1.) if self.place == 'output' else self.place
-        self.armed = ArmedLayer(self, cut, self.plan)
+        self.armed = ArmedLayer(self, cut, self.at_layer(self.plan))
+
+    def at_layer(self, plan):
+        "The plan by which a hidden layer is mixed: what a subclass may define"
+        return plan
+
+    def choose(self,
+        cuts:list, # Of `Cut`, those that suit
+        holds:callable, # A last test that a cut has to pass
+    )->list:
+        "The layers to mix where the user names none: what a subclass may define"
+        return choose_cuts(cuts, holds=holds)
 
     def check_mixed(self):
         "The once law: what was to be mixed, was, and once"
@@ -215,7 +226,7 @@ class ManifoldMixUpCallback(AroundCallback):
         model = self.learn.model
         if isinstance(model, nn.DataParallel): raise ValueError(
             "ManifoldMixUp cannot mix in a DataParallel model, whose replicas see parts of the batch. Use DistributedDataParallel (`learn.distrib_ctx()`).")
-        return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        return unwrapped(model)
 
     def _find_places(self, xb, n):
         wanted = self.wanted
@@ -228,23 +239,23 @@ class ManifoldMixUpCallback(AroundCallback):
         model = self._inner_model() if hidden else None
         self.cuts = find_cuts(model, xb, n, self.inputs) if hidden else []
         where = self._with_places(xb, n)
-        if wanted is None: chosen = choose_cuts(list(filter(where, self.cuts)), holds=lambda c: knows_nothing_else(model, c, xb, n, self.inputs))
+        if wanted is None: chosen = self.choose(list(filter(where, self.cuts)), holds=lambda c: knows_nothing_else(model, c, xb, n, self.inputs))
         else: chosen = list({c.name: c for o in wanted if o != 'output' for c in select_cuts(self.cuts, model, o)}.values())
         for c in chosen:
-            if not where(c): raise ValueError(f"layers: {c.name} gives {' x '.join(map(str, c.shape))}, but {self.method!r} needs places there, as its inputs have them")
+            if not where(c): raise ValueError(f"layers: {c.name} gives {' x '.join(map(str, c.shape))}, but {self.method or self!r} needs places there, as its inputs have them")
         if wanted is None and not chosen: self._no_layer(model)
         self.places = ['input']*self.include_input + chosen + ['output']*('output' in (wanted or []))
 
     def _with_places(self, xb, n):
         "A test whether a layer suits the method: one that needs places keeps to layers with as many dimensions as the inputs"
-        if self.method is None or not self.method.needs_places: return lambda cut: True
+        if not (self.method or self).needs_places: return lambda cut: True
         mixer = InputMixer(self.learn.model, xb, self.inputs)
         dims = {x.ndim for x,path in leaves(xb) if mixer.rule(x, path, n) == 'blend'} - ({3} if self.wanted is None else set())
         return lambda cut: len(cut.shape) in dims and cut.shape[0] == 'bs' and 1 not in cut.shape[2:]
 
     def _no_layer(self, model):
         what = f"{type(model).__name__} has no hidden layer that every path from the inputs to the prediction crosses once"
-        if self.method is not None and self.method.needs_places: what += f" and whose output has places for {self.method!r}"
+        if (self.method or self).needs_places: what += f" and whose output has places for {self.method or self!r}"
         if not self.include_input: raise ValueError(f"{what}. Use `MixUp`, or layers='output'.")
         warn(f"{what}: ManifoldMixUp mixes at its input only, as `MixUp` does.")
 
