@@ -128,6 +128,7 @@ def plot(rows, path):
     import matplotlib.pyplot as plt
     against = next(c for c in rows[0] if c.startswith('x '))
     groups = defaultdict(dict)
+    rows = [r for r in rows if against in r]
     for r in rows: groups[str(r['size'])][r['contestant']] = r[against]
     names = [n for n in dict.fromkeys(r['contestant'] for r in rows)]
     _,ax = plt.subplots(figsize=(8, .5 + .22*len(rows)), layout='constrained')
