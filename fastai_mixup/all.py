@@ -9,23 +9,26 @@ __all__ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', '
            'AlignMixUpCallback', 'CutMix', 'CutMixCallback', 'FMix', 'FMixCallback', 'GridMix', 'GridMixCallback',
            'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback',
            'SaliencyMix', 'SaliencyMixCallback', 'SmoothMix', 'SmoothMixCallback', 'SnapMix', 'SnapMixCallback',
-           'TransMix', 'TransMixCallback', 'ReMix', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
+           'TransMix', 'TransMixCallback', 'MeanLam', 'MixedAccuracy', 'MixedShare', 'MixFound', 'ReMix',
+           'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
 
-# %% ../nbs/90_all.ipynb #5fc7f06c
+# %% ../nbs/90_all.ipynb #f3ff53f5
 from .align import AlignMixUp, AlignMixUpCallback
 from .callback import MixUp, MixUpCallback
 from .choice import RandomMix, RandomMixCallback
+from .find import MixFound
 from .label_smoothing import LabelSmoothingCE
 from .labels import ReMix, SnapMix, SnapMixCallback, TransMix, TransMixCallback
 from .manifold import ManifoldMixUp, ManifoldMixUpCallback
 from .masks import (CutMix, CutMixCallback, FMix, FMixCallback, GridMix, GridMixCallback, ResizeMix, ResizeMixCallback,
                                 SaliencyMix, SaliencyMixCallback, SmoothMix, SmoothMixCallback)
 from .pairing import DifferentClass, NearTarget, PreviousBatch, SameClass
+from .records import MeanLam, MixedAccuracy, MixedShare
 from .regmixup import RegMixUp, RegMixUpCallback
 
-# %% ../nbs/90_all.ipynb #2430755b
+# %% ../nbs/90_all.ipynb #1969c403
 _all_ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE',
          'AlignMixUp', 'AlignMixUpCallback', 'CutMix', 'CutMixCallback', 'FMix', 'FMixCallback', 'GridMix', 'GridMixCallback',
          'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback',
          'SmoothMix', 'SmoothMixCallback', 'SnapMix', 'SnapMixCallback', 'TransMix', 'TransMixCallback',
-         'ReMix', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
+         'MeanLam', 'MixedAccuracy', 'MixedShare', 'MixFound', 'ReMix', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 __all__ = ['MixUp', 'check_p', 'dial_at', 'check_dial', 'check_moment', 'check_window', 'check_callable', 'check_leaves',
            'MixCallback', 'MixUpCallback', 'AroundCallback']
 
-# %% ../nbs/05_callback.ipynb #f966b502
+# %% ../nbs/05_callback.ipynb #c3e77a42
 import sys
 from contextlib import contextmanager
 from itertools import chain
@@ -26,7 +26,7 @@ from .core import ALPHA_MIN, DrawnAhead, Plan, check_alpha, check_choice, check_
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #cc3e2305
+# %% ../nbs/05_callback.ipynb #7cd26a36
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -120,6 +120,11 @@ class MixCallback(Callback):
     @property
     def training(self): return self.learn.training
 
+    @property
+    def pred_plan(self):
+        "The plan by which the predictions are mixed that the Learner shows"
+        return self.plan
+
     def __call__(self, event_name):
         "Answer to the Learner it belongs to; refuse to train another"
         caller = sys._getframe(1).f_locals.get('self')
@@ -175,8 +180,8 @@ class MixCallback(Callback):
         self._forget()
 
     def after_cancel_batch(self):
-        "Forget the plan"
-        self.after_batch()
+        "Give the targets back; `after_batch` comes next"
+        if self.held is not None: self._give_back()
 
     def before_validate(self):
         "Forget a batch that was cancelled together with its epoch's training"
@@ -309,7 +314,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #31c0a7ba
+# %% ../nbs/05_callback.ipynb #d4404f87
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()
@@ -317,7 +322,7 @@ class MixUpCallback(MixCallback):
 
 MixUp = MixUpCallback
 
-# %% ../nbs/05_callback.ipynb #f4315e2e
+# %% ../nbs/05_callback.ipynb #8359b23b
 class AroundCallback(MixCallback):
     "Base of the callbacks that may mix by the method of another"
     def __init__(self,

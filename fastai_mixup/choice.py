@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/choice.html.md"""
 # %% auto #0
 __all__ = ['RandomMix', 'ChoicePlan', 'check_weights', 'RandomMixCallback']
 
-# %% ../nbs/10_choice.ipynb #3869c964
+# %% ../nbs/10_choice.ipynb #cb0ae497
 import torch
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from .callback import MixUpCallback, check_leaves
 from .core import Plan, check_choice, check_number
 from .masks import MaskPlan
 
-# %% ../nbs/10_choice.ipynb #63b36ee7
+# %% ../nbs/10_choice.ipynb #64a22877
 class ChoicePlan(MaskPlan):
     "A plan that follows one of several plans for each item, or leaves it alone"
     def __init__(self,
@@ -60,7 +60,7 @@ class ChoicePlan(MaskPlan):
             if isinstance(plan, MaskPlan) and plan.reshapes: x = torch.where((self.choice == i).view(-1, *[1]*(x.ndim-1)), cover(plan), x)
         return x
 
-# %% ../nbs/10_choice.ipynb #f2863e5d
+# %% ../nbs/10_choice.ipynb #68f02769
 def check_weights(
     weights, # A list of numbers, or `None`
     n:int, # How many there must be

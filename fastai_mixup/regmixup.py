@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/regmixup.html.md"""
 # %% auto #0
 __all__ = ['RegMixUp', 'stack_batches', 'split_batches', 'RegMixUpCallback']
 
-# %% ../nbs/15_regmixup.ipynb #60236164
+# %% ../nbs/15_regmixup.ipynb #ab213483
 import torch
 from fastcore.meta import delegates
 from torch import Tensor
@@ -16,7 +16,7 @@ from .callback import AroundCallback, MixCallback
 from .core import check_number, leaves, map_leaves, plainly
 from .targets import mixed_loss
 
-# %% ../nbs/15_regmixup.ipynb #d785355f
+# %% ../nbs/15_regmixup.ipynb #c9ceba85
 def _has_rows(o, n): return isinstance(o, Tensor) and o.ndim > 0 and len(o) == n
 
 def stack_batches(
@@ -38,7 +38,7 @@ def split_batches(
         f"{[tuple(o.shape) for o,_ in leaves(pred) if isinstance(o, Tensor)]}. Use `MixUp`.")
     return tuple(map_leaves(lambda o,_: o[at] if _has_rows(o, 2*n) else o, pred) for at in (slice(n), slice(n, None)))
 
-# %% ../nbs/15_regmixup.ipynb #d9dd1d37
+# %% ../nbs/15_regmixup.ipynb #b8b62f74
 class RegMixUpCallback(AroundCallback):
     "Train on each batch and on its mixture, in one forward pass ([Pinto et al. 2022](https://arxiv.org/abs/2206.14502))"
     default_alpha = 10.
@@ -53,6 +53,8 @@ class RegMixUpCallback(AroundCallback):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"
         super().__init__(alpha, method, **kwargs)
         self.eta = check_number('eta', eta, 0, 1000)
+
+    pred_plan = None # the Learner shows the clean ones
 
     _stateattrs = (*AroundCallback._stateattrs, 'clean', 'both', 'said')
 

@@ -1,0 +1,86 @@
+"What the experiments share: a table of results that a stopped run goes on with, scores, and statistics paired by seed"
+import csv
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastprogress.fastprogress import progress_bar
+
+RESULTS = Path(__file__).parent/'results'
+
+
+def calibration_error(prob, y, bins=15):
+    "Expected calibration error: mean distance of confidence and accuracy over equal intervals of confidence"
+    confidence,guess = prob.max(1)
+    right,at = (guess == y).float(),(confidence*bins).long().clamp_max(bins-1)
+    return sum((right[at == b].mean()-confidence[at == b].mean()).abs().item()*(at == b).float().mean().item() for b in at.unique())
+
+
+def class_scores(logits, y):
+    "Accuracy in %, negative log-likelihood and calibration error"
+    return dict(accuracy=(logits.argmax(1) == y).float().mean().item()*100, nll=F.cross_entropy(logits, y).item(), ece=calibration_error(logits.softmax(1), y))
+
+
+class Table:
+    "Rows of a CSV file, one for each run; `done` knows which are there"
+    def __init__(self, name, folder=RESULTS):
+        self.path = Path(folder)/f'{name}.csv'
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = list(csv.DictReader(self.path.open())) if self.path.exists() else []
+
+    def done(self, **key): return any(all(r[k] == str(v) for k,v in key.items()) for r in self.rows)
+
+    def add(self, **row):
+        row = {k: f'{v:.6g}' if isinstance(v, float) else str(v) for k,v in row.items()}
+        new = not self.path.exists()
+        with self.path.open('a', newline='') as f:
+            writer = csv.DictWriter(f, row)
+            if new: writer.writeheader()
+            writer.writerow(row)
+        self.rows.append(row)
+
+
+def run_all(table, jobs, run):
+    "Run each of `jobs`, (key, arguments of `run`), that is not in `table` yet; `run` returns the scores"
+    todo = [job for job in jobs if not table.done(**job[0])]
+    for key,args in progress_bar(todo):
+        start = perf_counter()
+        scores = run(*args)
+        table.add(**key, **scores, seconds=perf_counter()-start)
+
+
+def mean_sd(values):
+    "As text, with the sample standard deviation"
+    values = np.array(values, dtype=float)
+    return f'{values.mean():.2f} ± {values.std(ddof=1):.2f}' if len(values) > 1 else f'{values.mean():.2f}'
+
+
+def paired(rows, name, base, by, score):
+    "The differences of `score` between two methods, seed by seed"
+    of = lambda n: {r['seed']: float(r[score]) for r in rows if r[by] == n}
+    ours,theirs = of(name),of(base)
+    return np.array([ours[s]-theirs[s] for s in sorted(ours.keys() & theirs.keys())])
+
+
+def is_clear(differences):
+    "Is the mean difference more than two standard errors away from 0, with at least three seeds?"
+    n = len(differences)
+    return n > 2 and abs(differences.mean()) > 2*differences.std(ddof=1)/n**.5
+
+
+def report(rows, by='method', base='none', scores=('accuracy', 'nll', 'ece'), digits=3):
+    "Mean ± sd of each score for each method, and the gain of the first score over `base`, paired by seed"
+    lines = [f"{by:30}" + ''.join(f'{s:>18}' for s in scores) + f"{'gain':>18}{'better in':>12}"]
+    for name in dict.fromkeys(r[by] for r in rows):
+        mine = [r for r in rows if r[by] == name]
+        line = f'{name:30}'
+        for s in scores:
+            v = np.array([float(r[s]) for r in mine])
+            line += f"{f'{v.mean():.{digits}f} ± {v.std(ddof=1) if len(v) > 1 else 0:.{digits}f}':>18}"
+        if name != base and (d := paired(rows, name, base, by, scores[0])).size:
+            sd = d.std(ddof=1) if len(d) > 1 else 0
+            line += f"{f'{d.mean():+.2f} ± {sd:.2f}':>17}{'*' if is_clear(d) else ' '}{f'{(d > 0).sum()} of {len(d)}':>12}"
+        lines.append(line.rstrip())
+    return '\n'.join([*lines, '', '* more than two standard errors of the paired difference away from 0'])
