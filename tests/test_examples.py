@@ -1,0 +1,42 @@
+"The script of the Imagenette leaderboard, on a generated folder in the same layout"
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parent.parent/'examples/train_imagenette.py'
+sys.path.insert(0, str(SCRIPT.parent))
+from train_imagenette import main
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    root,rng = tmp_path_factory.mktemp('nette'),np.random.default_rng(0)
+    for part,n in ('train', 8), ('val', 4):
+        for name in 'n01', 'n02', 'n03':
+            (root/part/name).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(root/part/name/f'{i}.jpg')
+    return root
+
+def small(folder): return dict(data=str(folder), size=32, epochs=1, arch='xresnet18', bs=4, workers=0, seed=0)
+
+@pytest.mark.parametrize('dials', [dict(), dict(mixup=.2, cutmix=1.), dict(manifold=.2, sa=True, act='ReLU', opt='sgd', smoothing=0.)], ids=['plain', 'mixed', 'manifold'])
+def test_one_process(folder, dials, capsys):
+    main(**small(folder), runs=2, **dials)
+    out = capsys.readouterr().out
+    assert 'Run 0: ' in out and '2 runs: ' in out
+
+def test_two_processes(folder):
+    options = [o for k,v in small(folder).items() for o in (f'--{k}', str(v))]
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc_per_node', '2', SCRIPT, *options, '--mixup', '.2'],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count('Run 0: ') == 1 and '/3 ' in done.stdout # 12 of the 24 images on each, four at a time
+
+@pytest.mark.parametrize('dials,said', [(dict(data='nowhere'), "--data must be a folder in Imagenette's layout"), (dict(arch='vgg'), '--arch must be one of xresnet18'),
+                                        (dict(manifold=.2, mixup=.2), '--manifold must be 0 beside --mixup'), (dict(act='Nothing'), '--act must be the name of an activation')])
+def test_what_makes_no_sense_is_refused(folder, dials, said):
+    with pytest.raises(SystemExit, match=said): main(**(small(folder) | dials))
+    with pytest.raises(ValueError, match='alpha must be'): main(**(small(folder) | dict(mixup=-1.)))
