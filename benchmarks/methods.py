@@ -15,7 +15,7 @@ METHODS = {'MixUp': MixUpCallback, 'CutMix': CutMixCallback, 'SmoothMix': Smooth
            'MixUp(DifferentClass)': lambda: MixUpCallback(pairing=DifferentClass()), 'MixUp(SameClass)': lambda: MixUpCallback(pairing=SameClass()),
            'MixUp(PreviousBatch)': lambda: MixUpCallback(pairing=PreviousBatch()), 'MixUp(ReMix)': lambda: MixUpCallback(labels=ReMix())}
 WHOLE = {'ManifoldMixUp': ManifoldMixUp, 'ManifoldMixUp(CutMix)': lambda: ManifoldMixUp(method=CutMixCallback()), 'AlignMixUp': AlignMixUp,
-         'RegMixUp': RegMixUp, 'SnapMix': SnapMix}
+         'RegMixUp': RegMixUp, 'SnapMix': SnapMix, 'PuzzleMix': PuzzleMix}
 
 
 def batch(shape): return TensorImage(torch.randn(shape)), TensorCategory(torch.randint(10, shape[:1]))

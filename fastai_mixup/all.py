@@ -7,12 +7,12 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/all.html.md"""
 # %% auto #0
 __all__ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE', 'AlignMixUp',
            'AlignMixUpCallback', 'CutMix', 'CutMixCallback', 'FMix', 'FMixCallback', 'GridMix', 'GridMixCallback',
-           'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback',
-           'SaliencyMix', 'SaliencyMixCallback', 'SmoothMix', 'SmoothMixCallback', 'SnapMix', 'SnapMixCallback',
-           'TransMix', 'TransMixCallback', 'MeanLam', 'MixedAccuracy', 'MixedShare', 'MixFound', 'ReMix',
-           'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
+           'PuzzleMix', 'PuzzleMixCallback', 'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback',
+           'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback', 'SmoothMix', 'SmoothMixCallback',
+           'SnapMix', 'SnapMixCallback', 'TransMix', 'TransMixCallback', 'MeanLam', 'MixedAccuracy', 'MixedShare',
+           'MixFound', 'ReMix', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
 
-# %% ../nbs/90_all.ipynb #f3ff53f5
+# %% ../nbs/90_all.ipynb #34a68f96
 from .align import AlignMixUp, AlignMixUpCallback
 from .callback import MixUp, MixUpCallback
 from .choice import RandomMix, RandomMixCallback
@@ -23,12 +23,13 @@ from .manifold import ManifoldMixUp, ManifoldMixUpCallback
 from .masks import (CutMix, CutMixCallback, FMix, FMixCallback, GridMix, GridMixCallback, ResizeMix, ResizeMixCallback,
                                 SaliencyMix, SaliencyMixCallback, SmoothMix, SmoothMixCallback)
 from .pairing import DifferentClass, NearTarget, PreviousBatch, SameClass
+from .puzzle import PuzzleMix, PuzzleMixCallback
 from .records import MeanLam, MixedAccuracy, MixedShare
 from .regmixup import RegMixUp, RegMixUpCallback
 
-# %% ../nbs/90_all.ipynb #1969c403
+# %% ../nbs/90_all.ipynb #4bda42f2
 _all_ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE',
          'AlignMixUp', 'AlignMixUpCallback', 'CutMix', 'CutMixCallback', 'FMix', 'FMixCallback', 'GridMix', 'GridMixCallback',
-         'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback',
+         'PuzzleMix', 'PuzzleMixCallback', 'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback',
          'SmoothMix', 'SmoothMixCallback', 'SnapMix', 'SnapMixCallback', 'TransMix', 'TransMixCallback',
          'MeanLam', 'MixedAccuracy', 'MixedShare', 'MixFound', 'ReMix', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']

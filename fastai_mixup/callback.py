@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 __all__ = ['MixUp', 'check_p', 'dial_at', 'check_dial', 'check_moment', 'check_window', 'check_callable', 'check_leaves',
            'MixCallback', 'MixUpCallback', 'AroundCallback']
 
-# %% ../nbs/05_callback.ipynb #c3e77a42
+# %% ../nbs/05_callback.ipynb #68c96bf3
 import sys
 from contextlib import contextmanager
 from itertools import chain
@@ -26,7 +26,7 @@ from .core import ALPHA_MIN, DrawnAhead, Plan, check_alpha, check_choice, check_
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #7cd26a36
+# %% ../nbs/05_callback.ipynb #2b5d7a8c
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -236,14 +236,14 @@ class MixCallback(Callback):
 
     @contextmanager
     def lent(self, *methods):
-        "`methods` may look at the Learner, and draw from the generator of this callback"
+        "`methods` may look at the Learner, mix the same inputs, and draw from the generator of this callback"
         try:
             for m in methods:
-                m.learn = self.learn
+                m.learn,m.inputs = self.learn,self.inputs
                 if m.draws is None: m.draws = DrawnAhead(self.draws.generator)
             yield
         finally:
-            for m in methods: m.learn = None
+            for m in methods: m.learn = m.inputs = None
 
     def check_labels(self):
         "Labels can be weighed otherwise if the loss is known for each item and each item has one class"
@@ -314,7 +314,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #d4404f87
+# %% ../nbs/05_callback.ipynb #f896168e
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()
@@ -322,7 +322,7 @@ class MixUpCallback(MixCallback):
 
 MixUp = MixUpCallback
 
-# %% ../nbs/05_callback.ipynb #8359b23b
+# %% ../nbs/05_callback.ipynb #4917f961
 class AroundCallback(MixCallback):
     "Base of the callbacks that may mix by the method of another"
     def __init__(self,
