@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 __all__ = ['MixUp', 'check_p', 'dial_at', 'check_dial', 'check_moment', 'check_window', 'check_callable', 'check_leaves',
            'MixCallback', 'MixUpCallback', 'AroundCallback']
 
-# %% ../nbs/05_callback.ipynb #68c96bf3
+# %% ../nbs/05_callback.ipynb #ce420a19
 import sys
 from contextlib import contextmanager
 from itertools import chain
@@ -26,7 +26,7 @@ from .core import ALPHA_MIN, DrawnAhead, Plan, check_alpha, check_choice, check_
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #2b5d7a8c
+# %% ../nbs/05_callback.ipynb #66ef8018
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -112,7 +112,7 @@ class MixCallback(Callback):
 
     def _init_state(self):
         super()._init_state()
-        self.plan = self.held = self.mixed = self.kept = self.draws = self.mixer = None
+        self.plan = self.held = self.mixed = self.kept = self.draws = self.mixer = self.lender = None
         self.memory = {} # what a pairing or a rule for labels remembers in one fit
 
     __setattr__ = object.__setattr__ # without the search for attributes of the same name in Learner and model
@@ -155,6 +155,7 @@ class MixCallback(Callback):
         if self.plan is None: return
         check_targets(self.learn.yb, len(self.plan))
         if self.labels is not None or self.plan.weighs_labels: self.check_labels()
+        if self.labels is not None and self.plan.weighs_labels: raise ValueError(f"labels={self.labels!r} cannot be used with {self}, which weighs the labels itself")
         self.mix()
         self.order = _LAST
 
@@ -204,6 +205,8 @@ class MixCallback(Callback):
     def _next_plan(self):
         (n,device),p = self._items(),self.now('p')
         if self.off() or p == 0 or n < (2 if self.pairing is None else 1): return None
+        if self.pairing is not None and self._carries_state(): raise ValueError(
+            f"pairing={self.pairing!r} cannot be used where one plan is kept for an epoch (`stateful=True`, language models)")
         if self.kept is not None and len(self.kept) == n: return self.kept
         if self.draws is None: self.draws = DrawnAhead(self.generator or private_generator('mixing', rank_distrib()))
         if p < 1 and torch.rand((), generator=self.draws.generator) >= p: return None
@@ -223,9 +226,17 @@ class MixCallback(Callback):
     def drawn(self, n, per, device):
         "Who is mixed with whom, and how much"
         plan = self.draws.next(self.now('alpha'), n, self.fold, per, device)
-        if self.pairing is None: return plan
-        plan.perm = self.pairing(self, n)
+        self.pair(plan)
         return None if plan.perm is None else plan
+
+    def pair(self, plan):
+        "Ask the pairing who is mixed with whom, or that of the callback around"
+        if self.pairing is not None: plan.perm = self.pairing(self, len(plan))
+        elif self.lender is not None: self.lender.pair(plan)
+
+    def pairs_outside(self):
+        "May partners come from outside of the batch?"
+        return getattr(self.pairing, 'needs_leaves', False)
 
     def borrow(self,
         method, # A mixing callback that belongs to no Learner
@@ -239,11 +250,11 @@ class MixCallback(Callback):
         "`methods` may look at the Learner, mix the same inputs, and draw from the generator of this callback"
         try:
             for m in methods:
-                m.learn,m.inputs = self.learn,self.inputs
+                m.learn,m.inputs,m.mixer,m.lender = self.learn,self.inputs,self.mixer,self
                 if m.draws is None: m.draws = DrawnAhead(self.draws.generator)
             yield
         finally:
-            for m in methods: m.learn = m.inputs = None
+            for m in methods: m.learn = m.inputs = m.mixer = m.lender = None
 
     def check_labels(self):
         "Labels can be weighed otherwise if the loss is known for each item and each item has one class"
@@ -314,7 +325,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #f896168e
+# %% ../nbs/05_callback.ipynb #a13e51c5
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()
@@ -322,7 +333,7 @@ class MixUpCallback(MixCallback):
 
 MixUp = MixUpCallback
 
-# %% ../nbs/05_callback.ipynb #4917f961
+# %% ../nbs/05_callback.ipynb #ee99c2a9
 class AroundCallback(MixCallback):
     "Base of the callbacks that may mix by the method of another"
     def __init__(self,
@@ -340,7 +351,7 @@ class AroundCallback(MixCallback):
         super().__init__(self.default_alpha if alpha is None else alpha, **kwargs)
         self.method = method
 
-    default_alpha = 0.4
+    default_alpha,method = 0.4,None
     def __repr__(self): return super().__repr__() if self.method is None else f"{type(self).__name__}(method={self.method!r})"
 
     def draw(self, n, per, device):
@@ -348,12 +359,13 @@ class AroundCallback(MixCallback):
         with self.lent(self.method): idle = self.method.off() or torch.rand((), generator=self.draws.generator) >= self.method.now('p')
         return None if idle else self.borrow(self.method, n, per, device)
 
-    def before_fit(self):
-        "Begin anew, with the method"
-        super().before_fit()
+    def _init_state(self):
+        super()._init_state()
         if self.method is not None: self.method._init_state()
 
     def after_fit(self):
         "Free the memory"
         super().after_fit()
         if self.method is not None: self.method._init_state()
+
+    def pairs_outside(self): return super().pairs_outside() or (self.method is not None and self.method.pairs_outside())

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/choice.html.md"""
 # %% auto #0
 __all__ = ['RandomMix', 'ChoicePlan', 'check_weights', 'RandomMixCallback']
 
-# %% ../nbs/10_choice.ipynb #cb0ae497
+# %% ../nbs/10_choice.ipynb #a8b90cf5
 import torch
 from torch import Tensor
 
@@ -15,19 +15,19 @@ from .callback import MixUpCallback, check_leaves
 from .core import Plan, check_choice, check_number
 from .masks import MaskPlan
 
-# %% ../nbs/10_choice.ipynb #64a22877
+# %% ../nbs/10_choice.ipynb #8844e0f6
 class ChoicePlan(MaskPlan):
     "A plan that follows one of several plans for each item, or leaves it alone"
     def __init__(self,
         plans:list, # With the same partners
         choice:Tensor, # The number of the plan for each item, `len(plans)` for none, shape (n,)
     ):
-        super().__init__(torch.ones_like(plans[0].lam), plans[0].perm, self._make, 'RandomMix', correct=False)
+        super().__init__(torch.ones_like(plans[0].lam), plans[0].perm, name='RandomMix', correct=False)
         self.plans,self.choice = plans,choice
 
     def _chosen(self, rows): return torch.stack([*rows, torch.ones_like(rows[0])])[self.choice, torch.arange(len(self), device=self.choice.device)]
 
-    def _make(self, size):
+    def make(self, size):
         whole = lambda lam: lam.view(-1, *[1]*len(size)).expand(-1, *size)
         mask = self._chosen([plan.mask(size) if isinstance(plan, MaskPlan) else whole(plan.lam) for plan in self.plans])
         if not self.masks: self.lam = self._chosen([plan.lam for plan in self.plans])
@@ -60,7 +60,7 @@ class ChoicePlan(MaskPlan):
             if isinstance(plan, MaskPlan) and plan.reshapes: x = torch.where((self.choice == i).view(-1, *[1]*(x.ndim-1)), cover(plan), x)
         return x
 
-# %% ../nbs/10_choice.ipynb #68f02769
+# %% ../nbs/10_choice.ipynb #4830964b
 def check_weights(
     weights, # A list of numbers, or `None`
     n:int, # How many there must be
@@ -75,6 +75,8 @@ def check_weights(
 
 class RandomMixCallback(MixUpCallback):
     "Mix each batch, or each item, by one of several methods"
+    methods = ()
+
     def __init__(self,
         methods:list, # Callbacks such as `MixUp(.2)` and `CutMix(1.)`; of each its dials for how to mix count
         weights:list|None=None, # Share of each method; what is left of 1 is left alone. `None` for equal shares
@@ -88,14 +90,13 @@ class RandomMixCallback(MixUpCallback):
             if name in kwargs: raise TypeError(f"{name} is no argument here: give it to the methods, got {name}={kwargs[name]!r}")
         super().__init__(alpha=1., **kwargs)
         self.methods,self.weights,self.choose_per = list(methods),check_weights(weights, len(methods)),check_choice('per', per, ('item', 'batch'))
-        for m in methods: check_leaves('methods', m, 'inputs', 'generator', 'labels', *['pairing']*(per == 'item'))
+        for m in methods: check_leaves('methods', m, 'inputs', 'generator', 'labels', *['pairing']*(per == 'item' or self.pairing is not None))
         self.needs_places = any(m.needs_places for m in methods)
 
     def __repr__(self): return f'RandomMix({self.methods})'
 
-    def before_fit(self):
-        "Begin anew, with all methods"
-        super().before_fit()
+    def _init_state(self):
+        super()._init_state()
         for m in self.methods: m._init_state()
 
     def after_fit(self):
@@ -110,6 +111,8 @@ class RandomMixCallback(MixUpCallback):
             if not one_for_all: return self._draw_each(choice, n, device)
         return None if choice == len(self.methods) else self.borrow(self.methods[int(choice)], n, per, device)
 
+    def pairs_outside(self): return super().pairs_outside() or any(m.pairs_outside() for m in self.methods)
+
     def _weights_now(self):
         "The share of each method at this moment, and of none"
         live = self.weights[:-1]*torch.tensor([0. if m.off() else m.now('p') for m in self.methods])
@@ -118,7 +121,7 @@ class RandomMixCallback(MixUpCallback):
     def _draw_each(self, choice, n, device):
         drawn = self.drawn(n, 'item', device)
         if drawn is None: return None
-        def plan_of(m): return m.shape(Plan(m.draws.next(m.now('alpha') or 1., n, m.fold, m.per, device).lam, drawn.perm, m.per == 'batch'))
+        def plan_of(m): return Plan(torch.ones_like(drawn.lam), drawn.perm) if m.off() else m.shape(Plan(m.draws.next(m.now('alpha'), n, m.fold, m.per, device).lam, drawn.perm, m.per == 'batch'))
         plan = ChoicePlan([plan_of(m) for m in self.methods], choice.to(device, non_blocking=True))
         return plan if any(isinstance(o, MaskPlan) for o in plan.plans) else plan.whole()
 

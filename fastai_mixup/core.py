@@ -9,7 +9,7 @@ __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'check_number', 'check_choice', 'check_alph
            'perm_index', 'Others', 'partners', 'align', 'blend', 'Reused', 'Plan', 'draw_plans', 'draw_plan',
            'DrawnAhead', 'map_leaves', 'leaves']
 
-# %% ../nbs/00_core.ipynb #8fe82e8c
+# %% ../nbs/00_core.ipynb #5e7df50f
 import copy
 import hashlib
 import sys
@@ -21,7 +21,7 @@ import torch
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #9009340e
+# %% ../nbs/00_core.ipynb #fc8a41c8
 ALPHA_MIN, ALPHA_MAX = 1e-9, 1e9
 
 def check_number(
@@ -51,7 +51,7 @@ def check_alpha(alpha):
     "Return `alpha`, the parameter of Beta(alpha, alpha): 0 for no mixing, or a number from 1e-9 to 1e9"
     return check_number('alpha', alpha, ALPHA_MIN, ALPHA_MAX, or_zero=True)
 
-# %% ../nbs/00_core.ipynb #b6a9ea76
+# %% ../nbs/00_core.ipynb #8efc9857
 def plainly(f):
     "`f`, taking tensor subclasses for plain tensors"
     @wraps(f)
@@ -59,7 +59,7 @@ def plainly(f):
         with torch._C.DisableTorchFunctionSubclass(): return f(*args, **kwargs)
     return inner
 
-# %% ../nbs/00_core.ipynb #cb91fe9c
+# %% ../nbs/00_core.ipynb #dd061e86
 def private_generator(
     *salt, # Anything printable that tells this stream from others, such as a name and a rank
 )->torch.Generator: # On the CPU
@@ -68,7 +68,7 @@ def private_generator(
     seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), 'little')
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #f80e5699
+# %% ../nbs/00_core.ipynb #2ae9f22a
 def draw_lam(
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
     n:int=1, # Number of draws
@@ -81,7 +81,7 @@ def draw_lam(
     logit = log_gamma[0] - log_gamma[1]
     return torch.sigmoid(logit.abs_() if fold else logit).float()
 
-# %% ../nbs/00_core.ipynb #b2299f12
+# %% ../nbs/00_core.ipynb #3749235f
 def perm_index(
     perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
     n:int, # Number of items
@@ -116,7 +116,7 @@ def partners(
     if isinstance(perm, Others): return perm(x)
     return x.roll(-perm, dim) if isinstance(perm, int) else x.index_select(dim, perm.to(x.device))
 
-# %% ../nbs/00_core.ipynb #ba2ed43d
+# %% ../nbs/00_core.ipynb #23523ae8
 def align(
     lam:Tensor, # One weight per row, shape (n,), or one for each place of a row, shape (n, *places)
     x:Tensor, # The tensor whose rows are weighted; with places shape (n, channels, *places)
@@ -184,7 +184,7 @@ def blend(
     with torch._C.DisableTorchFunctionSubclass(): res = _blend(x.as_subclass(Tensor), lam, perm, dim, out)
     return retain_type(res, x)
 
-# %% ../nbs/00_core.ipynb #8acdff3f
+# %% ../nbs/00_core.ipynb #1f95579f
 _holders = getattr(torch._C, '_storage_Use_Count', None)
 
 class Reused:
@@ -210,10 +210,11 @@ class Reused:
             self.stride,self.alone,self.nbytes = x.stride(),self._count(),self.kept.untyped_storage().nbytes()
         return self.kept.detach()
 
-# %% ../nbs/00_core.ipynb #11edee57
+# %% ../nbs/00_core.ipynb #a8387427
 class Plan:
     "One draw for one batch: row `i` keeps `lam[i]` of itself and takes the rest from row `perm[i]`"
     told = scale = label_rule = None
+    clean_rows = 0 # how many unmixed rows the model sees above those of the plan
     def __init__(self,
         lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
         perm:int|Tensor|Others, # A rotation, or the index of each item's partner, shape (n,), or partners from elsewhere
@@ -289,7 +290,7 @@ def draw_plan(*args, **kwargs)->Plan:
     "One plan, drawn as by `draw_plans`"
     return draw_plans(1, *args, **kwargs)[0]
 
-# %% ../nbs/00_core.ipynb #976d2b6c
+# %% ../nbs/00_core.ipynb #8152f972
 class DrawnAhead:
     "Hands out plans one by one, drawn for many batches at a time"
     most,most_items = 64,4096
@@ -306,7 +307,7 @@ class DrawnAhead:
             self.count = min(2*self.count, self.most, max(1, self.most_items//n))
         return self.plans.pop()
 
-# %% ../nbs/00_core.ipynb #fad1c3ac
+# %% ../nbs/00_core.ipynb #13832f95
 def map_leaves(
     f:callable, # Called as `f(leaf, path)`; its result takes the place of the leaf
     o, # A tensor, or tuples, lists and mappings of such, nested at will

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #a0161bfa
+# %% ../nbs/07_cuts.ipynb #02edaa4e
 import random
 import weakref
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from .core import leaves, map_leaves
 from .indices import MixedIndex
 from .inputs import InputMixer
 
-# %% ../nbs/07_cuts.ipynb #2de18a81
+# %% ../nbs/07_cuts.ipynb #1f114035
 def _items(v): return dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None
 def _snapshot(module): return {k: (v, _items(v)) for k,v in module.__dict__.items()}
 
@@ -55,7 +55,7 @@ def untouched(
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/07_cuts.ipynb #9039d18f
+# %% ../nbs/07_cuts.ipynb #2114257e
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -172,7 +172,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #b8ea84d7
+# %% ../nbs/07_cuts.ipynb #cb46a8e1
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -183,6 +183,15 @@ class Cut:
     depth:float # Share of the layers with parameters that have answered by then, in (0, 1]
     is_block:bool=False # Does it hold more than one layer with parameters?
     looks_up:bool=False # Is it an embedding, whose output is mixed where the input is?
+
+    def has_places(self,
+        size:tuple, # Of an item, without channels
+    )->bool:
+        "Is the output shaped like the items: channels, and then places in the same proportions?"
+        places = self.shape[2:]
+        if self.shape[:1] != ('bs',) or len(places) != len(size) or 1 in places: return False
+        scale = places[0]/size[0]
+        return all(abs(a - scale*b) < 1 + scale for a,b in zip(places, size))
 
 def _batch_dims(few, more, n, m):
     "Batch dimension of each tensor, from its shapes for `n` and for `m` rows; `None` if one of them has none"
@@ -232,7 +241,7 @@ def find_cuts(
         cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, n_layers < 2 and first[0].looks_up))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #20ff15f2
+# %% ../nbs/07_cuts.ipynb #574fd40e
 def _copy(o, _): return o.clone() if isinstance(o, Tensor) else o
 def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
 
@@ -280,7 +289,7 @@ def knows_nothing_else(
             if n == size: raise
         else: return all(map(_same, a, b))
 
-# %% ../nbs/07_cuts.ipynb #5f0d2151
+# %% ../nbs/07_cuts.ipynb #a1bfdad1
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)

@@ -8,23 +8,23 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/labels.html.md"""
 __all__ = ['SnapMix', 'TransMix', 'remix_lam', 'ReMix', 'activation_maps', 'share_in_box', 'classical_map', 'SnapPlan',
            'SnapMixCallback', 'last_attention', 'attention_of', 'patch_grid', 'TransMixCallback']
 
-# %% ../nbs/12_labels.ipynb #386f28dc
+# %% ../nbs/12_labels.ipynb #8f6ecd7e
 import weakref
 
 import torch
 import torch.nn.functional as F
 from fasttransform.cast import retain_type
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from .core import check_choice, check_number, leaves, plainly
+from .core import Others, check_number, leaves, map_leaves, plainly
 from .cuts import _hooked, find_cuts, untouched
 from .inputs import InputMixer, unwrapped
 from .manifold import _answering, _in_backward, _in_batch
 from .masks import CutMixCallback, MaskCallback, MaskPlan, _edges, box_mask, shrink_into
 
-# %% ../nbs/12_labels.ipynb #dac653a2
+# %% ../nbs/12_labels.ipynb #6616a588
 def remix_lam(
     lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
     count:Tensor, # Number of items of its class, shape (n,)
@@ -54,15 +54,17 @@ class ReMix:
     def __call__(self, cb):
         y = cb.learn.yb[0]
         counts = self._counts(cb, y.flatten().long())
-        own,partner = (counts[o.flatten().long().clamp(0, len(counts)-1)] for o in (y, cb.plan.partners(y)))
+        def of(y): return counts[y.clamp(0, len(counts)-1)].masked_fill((y < 0) | (y >= len(counts)), torch.nan) # what is ignored is neither rare nor frequent
+        own,partner = (of(o.flatten().long()) for o in (y, cb.plan.partners(y)))
         return remix_lam(cb.plan.lam, own, partner, self.kappa, self.tau)
 
     def _counts(self, cb, y):
         if self.counts is not None: return self.counts.to(y.device, non_blocking=True)
         if self not in cb.memory: cb.memory[self] = torch.zeros(cb.learn.pred.shape[1], device=y.device)
-        return cb.memory[self].index_add_(0, y.clamp(0, len(cb.memory[self])-1), (y >= 0).float())
+        n = len(cb.memory[self])
+        return cb.memory[self].index_add_(0, y.clamp(0, n-1), ((y >= 0) & (y < n)).float())
 
-# %% ../nbs/12_labels.ipynb #9646f3f4
+# %% ../nbs/12_labels.ipynb #8fcd1b93
 def activation_maps(
     model:nn.Module, # A classifier; is left as it was
     layer:nn.Module, # One of its layers, whose output has places
@@ -75,13 +77,13 @@ def activation_maps(
         if module is not layer: return
         kept[:] = [out.detach().float().requires_grad_()]
         torch.set_grad_enabled(True) # from here on; the context around puts it back
-        return kept[0].to(out.dtype)
+        return kept[0].clone().to(out.dtype) # the model may write into it
     with untouched(model), torch.no_grad(), _hooked(hook):
         model.eval()
         pred = model(*xb)
         if not isinstance(pred, Tensor) or pred.ndim != 2: raise ValueError(
             f"SnapMix needs predictions of shape (n, classes), got {tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__}")
-        slope, = torch.autograd.grad(pred.gather(1, y.clamp_min(0)[:,None]).sum(), kept)
+        slope, = torch.autograd.grad(pred.gather(1, y.clamp(0, pred.shape[1]-1)[:,None]).sum(), kept)
     maps = (kept[0].detach()*slope.flatten(2).mean(2).view(*slope.shape[:2], *[1]*(slope.ndim-2))).sum(1)
     flat = maps.flatten(1)
     flat = flat - flat.min(1, keepdim=True)[0]
@@ -102,7 +104,7 @@ def share_in_box(
 
 def classical_map(features, weight): return torch.einsum('nchw,nc->nhw', features, weight)
 
-# %% ../nbs/12_labels.ipynb #cb1c585a
+# %% ../nbs/12_labels.ipynb #26395410
 class SnapPlan(MaskPlan):
     "A plan in which a box of each item shows a box of its partner"
     reshapes = True
@@ -125,7 +127,7 @@ def _deepest_with_places(cb, pictures, n):
     "The deepest layer of the Learner's model whose output has places"
     if 'layer' not in cb.memory:
         model = unwrapped(cb.learn.model)
-        cuts = [c for c in find_cuts(model, cb.learn.xb, n, cb.inputs) if len(c.shape) == pictures.ndim and c.shape[0] == 'bs' and 1 not in c.shape[2:]]
+        cuts = [c for c in find_cuts(model, cb.learn.xb, n, cb.inputs) if c.has_places(pictures.shape[2:])]
         if not cuts: raise ValueError(f"SnapMix found no layer in {type(model).__name__} that all pictures pass and whose output has places. Use `CutMix`, or `TransMix` for transformers.")
         cb.memory['layer'] = max(reversed(cuts), key=lambda c: c.depth).module
     return cb.memory['layer']
@@ -147,12 +149,19 @@ class SnapMixCallback(MaskCallback):
         boxes = [(self.uniform(plan, 3), (1-lam)[:,None]**(1/dims)) for lam in (plan.lam, other.lam)]
         box,source = [(torch.minimum(torch.maximum(centre, side/2), 1-side/2), side) for centre,side in boxes]
         snap = SnapPlan(plan, box, source, 'SnapMix')
-        maps = activation_maps(unwrapped(self.learn.model), _deepest_with_places(self, pictures, len(plan)), self.learn.xb, self._classes())
+        maps = self._maps(pictures, self.learn.xb, self._classes())
         hidden = share_in_box(maps, _shares(*box, size))
-        shown = share_in_box(snap.partners(maps), _shares(*source, size)).where(snap.mask(size).flatten(1).amin(1) == 0, 0.)
+        shown = share_in_box(self._of_partners(snap, maps), _shares(*source, size)).where(snap.mask(size).flatten(1).amin(1) == 0, 0.)
         own = 1-hidden
         snap.tell(own/(own+shown).clamp_min(1e-12), own+shown)
         return snap
+
+    def _maps(self, pictures, xb, y): return activation_maps(unwrapped(self.learn.model), _deepest_with_places(self, pictures, len(y)), xb, y)
+
+    def _of_partners(self, plan, maps):
+        if not isinstance(plan.perm, Others): return plan.partners(maps)
+        xb = map_leaves(lambda x,_: plan.partners(x) if isinstance(x, Tensor) and x.ndim and len(x) == len(plan) else x, self.learn.xb)
+        return self._maps(self._pictures(len(plan)), xb, plan.partners(self.learn.yb[0]).flatten().long())
 
     def _classes(self):
         self.check_labels()
@@ -166,7 +175,7 @@ class SnapMixCallback(MaskCallback):
 
 SnapMix = SnapMixCallback
 
-# %% ../nbs/12_labels.ipynb #1541609b
+# %% ../nbs/12_labels.ipynb #776ff35e
 class _Found(Exception):
     "Carries the attention out of a layer"
 
@@ -190,32 +199,41 @@ class _Watch(TorchFunctionMode):
 def last_attention(
     model:nn.Module, # Is left as it was
     xb:tuple, # Inputs of a batch
-)->nn.Module|None: # `None` if there is none
+)->tuple: # The layer, `None` if there is none, and how many calls it made by then
     "The layer that calls torch's attention last in a forward pass"
-    running,callers = [],[]
-    def enter(module, args): running.append(module)
+    running,callers = [],[(None, 0)]
+    def enter(module, args): running.append([module, 0])
     def leave(module, args, out):
-        while running and running.pop() is not module: pass
+        while running and running.pop()[0] is not module: pass
+    def found(*_):
+        running[-1][1] += 1
+        callers.append(tuple(running[-1]))
     before = register_module_forward_pre_hook(enter)
     try:
-        with untouched(model), torch.no_grad(), _hooked(leave), _Watch(lambda *_: callers.append(running[-1])): model(*xb)
+        with untouched(model), torch.no_grad(), _hooked(leave), _Watch(found): model(*xb)
     finally: before.remove()
-    return callers[-1] if callers else None
+    return callers[-1]
 
 def attention_of(
     layer:nn.Module, # That calls torch's attention
     args:tuple, kwargs:dict, # With which it was called
     prefix, # Called with the number of tokens; how many of them, which come first, are no patches
+    nth:int=1, # Which of its calls is meant
 )->Tensor: # Shape (n, tokens)
     "What the class token attends to, averaged over the heads"
+    calls = 0
     def found(func, args, kwargs):
+        nonlocal calls
+        calls += 1
+        if calls < nth: return
         if func is F.scaled_dot_product_attention:
             q,k = args[:2] if len(args) > 1 else (kwargs['query'], kwargs['key'])
             mask = args[3] if len(args) > 3 else kwargs.get('attn_mask')
             raise _Found(_attention(q, k, kwargs.get('scale'), mask, prefix(k.shape[-2])))
         weights = func(*args, **(kwargs | dict(need_weights=True, training=False)))[1]
         raise _Found(weights[:,0] if prefix(weights.shape[-1]) else weights.mean(1))
-    with torch.no_grad(), _Watch(found):
+    devices = {o.device for o,_ in leaves((args, kwargs)) if isinstance(o, Tensor) and o.device.type == 'cuda'}
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), _Watch(found):
         try: layer(*args, **kwargs)
         except _Found as e: return e.args[0]
 
@@ -224,17 +242,22 @@ def patch_grid(
     size:tuple, # Height and width of the picture
     most:int=8, # Tokens that are no patches, at most
 )->tuple|None: # Height and width of the grid of patches; `None` if there is none
-    "The largest grid with the proportions of the picture that `tokens` allow"
-    for n in range(tokens, max(tokens-most-1, 0), -1):
-        h = round((n*size[0]/size[1])**.5)
-        if h and n % h == 0 and abs(h*size[1] - n//h*size[0]) < max(size): return h,n//h
+    "The grid that has the proportions of the picture best; of several the largest"
+    def error(grid): return abs(grid[0]*size[1] - grid[1]*size[0])
+    heights = [(n, round((n*size[0]/size[1])**.5)) for n in range(tokens, max(tokens-most-1, 0), -1)]
+    grids = [(h, n//h) for n,h in heights if h and n % h == 0 and error((h, n//h)) < max(size)]
+    return min(grids, key=error, default=None)
 
-# %% ../nbs/12_labels.ipynb #12368e44
+# %% ../nbs/12_labels.ipynb #daed7e8e
 class _Noted:
     "Notes what a layer is given while the model of `learn` answers to its batch, as long as `plan` lives"
     def __init__(self, layer, learn, plan):
         self.layer,self.learn,self.given = layer,weakref.ref(learn),None
-        self.remove = weakref.finalize(plan, register_module_forward_hook(self, with_kwargs=True).remove)
+        handle = register_module_forward_hook(self, with_kwargs=True)
+        def remove():
+            handle.remove()
+            _global_forward_hooks_with_kwargs.pop(handle.id, None) # which torch forgets
+        self.remove = weakref.finalize(plan, remove)
     def __call__(self, module, args, kwargs, out):
         if module is not self.layer: return
         learn = self.learn()
@@ -254,18 +277,19 @@ class TransMixCallback(CutMixCallback):
 
     def _layer(self):
         if 'layer' not in self.memory:
-            self.memory['layer'] = last_attention(unwrapped(self.learn.model), self.learn.xb)
+            self.memory['layer'],self.memory['nth'] = last_attention(unwrapped(self.learn.model), self.learn.xb)
             if self.memory['layer'] is None: raise ValueError(f"TransMix found no call of torch's attention functions in {type(self.learn.model).__name__}. Use `CutMix`.")
         return self.memory['layer']
 
     def _weight(self, plan, noted):
+        noted.remove()
         if noted.given is None: raise RuntimeError(f"TransMix: {type(noted.layer).__name__}, which attended last when the model was tried, was not called in this batch. Use `CutMix`.")
         size = plan.size
         def prefix(tokens):
             grid = patch_grid(tokens, size) if len(size) == 2 else None
             if grid is None: raise ValueError(f"TransMix found no grid of patches in {tokens} tokens, for pictures of {tuple(size)}. Use `CutMix`.")
             return tokens - grid[0]*grid[1]
-        attended = attention_of(noted.layer, *noted.given, prefix)
+        attended = attention_of(noted.layer, *noted.given, prefix, self.memory['nth'])[plan.clean_rows:]
         if len(attended) != len(plan): raise ValueError(
             f"TransMix needs attention over whole pictures, but {type(noted.layer).__name__} attends in {len(attended)} parts of {len(plan)} pictures. Use `CutMix`.")
         grid = patch_grid(attended.shape[1], size)

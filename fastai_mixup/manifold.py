@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #69e7b464
+# %% ../nbs/08_manifold.ipynb #f47d50c7
 import random
 import sys
 import threading
@@ -31,7 +31,7 @@ from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .inputs import InputMixer, is_compiled, unwrapped
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #1ffae647
+# %% ../nbs/08_manifold.ipynb #19692491
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -109,7 +109,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #3a386618
+# %% ../nbs/08_manifold.ipynb #cc89352d
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -158,7 +158,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #c3f4b84c
+# %% ../nbs/08_manifold.ipynb #3fe3dc49
 class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['alpha'])
@@ -171,9 +171,8 @@ class ManifoldMixUpCallback(AroundCallback):
     ):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"
         super().__init__(alpha, method, **kwargs)
-        for cb in (self, method):
-            if getattr(getattr(cb, 'pairing', None), 'needs_leaves', False): raise ValueError(
-                f"pairing={cb.pairing!r} is for inputs only: hidden activations of another batch belong to another state of the model")
+        if self.pairs_outside(): raise ValueError(
+            "pairing=PreviousBatch() is for inputs only: hidden activations of another batch belong to another state of the model")
         self.wanted = None if layers is None else list(layers) if isinstance(layers, (list, tuple, nn.ModuleList)) else [layers]
         check_choice('include_input', include_input, (None, True, False))
         self.include_input = self.wanted != ['output'] if include_input is None else include_input
@@ -247,15 +246,15 @@ class ManifoldMixUpCallback(AroundCallback):
         self.places = ['input']*self.include_input + chosen + ['output']*('output' in (wanted or []))
 
     def _with_places(self, xb, n):
-        "A test whether a layer suits the method: one that needs places keeps to layers with as many dimensions as the inputs"
+        "A test whether a layer suits the method: one that needs places keeps to layers that are shaped like the inputs"
         if not (self.method or self).needs_places: return lambda cut: True
         mixer = InputMixer(self.learn.model, xb, self.inputs)
-        dims = {x.ndim for x,path in leaves(xb) if mixer.rule(x, path, n) == 'blend'} - ({3} if self.wanted is None else set())
-        return lambda cut: len(cut.shape) in dims and cut.shape[0] == 'bs' and 1 not in cut.shape[2:]
+        sizes = [tuple(x.shape[2:]) for x,path in leaves(xb) if mixer.rule(x, path, n) == 'blend' and x.ndim > 2 + (self.wanted is None)]
+        return lambda cut: any(map(cut.has_places, sizes))
 
     def _no_layer(self, model):
         what = f"{type(model).__name__} has no hidden layer that every path from the inputs to the prediction crosses once"
-        if (self.method or self).needs_places: what += f" and whose output has places for {self.method or self!r}"
+        if (self.method or self).needs_places: what += f" and whose output has places for {self.method or self!r} (layers for signals have to be named by `layers=`)"
         if not self.include_input: raise ValueError(f"{what}. Use `MixUp`, or layers='output'.")
         warn(f"{what}: ManifoldMixUp mixes at its input only, as `MixUp` does.")
 

@@ -10,7 +10,7 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #c95dcb8e
+# %% ../nbs/09_masks.ipynb #9cfd8bf6
 from functools import cache
 
 import torch
@@ -22,19 +22,20 @@ from .callback import MixUpCallback
 from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #dba4ee3c
+# %% ../nbs/09_masks.ipynb #8c018eb9
 class MaskPlan(Plan):
     "A plan in which each place of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
     def __init__(self,
         lam:Tensor, # Weight of each item itself as it was drawn, in [0, 1], shape (n,)
         perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
-        make, # Called as `make(size)`; returns a mask of shape (n, *size), the weights of the item's own places, in [0, 1]
+        make=None, # Called as `make(size)`; returns a mask of shape (n, *size), the weights of the item's own places, in [0, 1]. Or a method
         name:str='a mask', # What needs the places, for messages
         correct:bool=True, # Is `lam` to become the mean of the mask?
     ):
         super().__init__(lam, perm)
-        self.make,self.name,self.correct,self.masks = make,name,correct,{}
+        if make is not None: self.make = make
+        self.name,self.correct,self.masks = name,correct,{}
 
     def mask(self,
         size, # Of one item, without channels
@@ -82,7 +83,7 @@ class MaskPlan(Plan):
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #ff81dfe6
+# %% ../nbs/09_masks.ipynb #9e27e37c
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -115,7 +116,7 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #ad4346b7
+# %% ../nbs/09_masks.ipynb #e07bd7ca
 def _edges(centre, side, n):
     "The first place of a box and the first one after it, along a side of `n` places"
     width = (side*n).round()
@@ -168,7 +169,7 @@ def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #716e6e97
+# %% ../nbs/09_masks.ipynb #7701d3b9
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
@@ -221,7 +222,7 @@ class FMixCallback(MaskCallback):
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #33aa035f
+# %% ../nbs/09_masks.ipynb #4a625665
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
     def __init__(self,
@@ -246,7 +247,7 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #a3c72569
+# %% ../nbs/09_masks.ipynb #c0aa4cfb
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
     def __init__(self,
@@ -270,7 +271,7 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #b38f5181
+# %% ../nbs/09_masks.ipynb #404f5887
 def _on_a_line(centre, side):
     "The box of a signal as that of a picture one place high"
     return torch.stack([torch.full_like(centre[:,0], .5), centre[:,0]], 1),torch.cat([torch.ones_like(side), side], 1)
@@ -332,7 +333,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #1bafb1bd
+# %% ../nbs/09_masks.ipynb #be3c6b11
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):

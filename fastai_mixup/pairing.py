@@ -7,13 +7,13 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/pairing.html.md"""
 # %% auto #0
 __all__ = ['different_class', 'same_class', 'DifferentClass', 'SameClass', 'near_log_weights', 'NearTarget', 'PreviousBatch']
 
-# %% ../nbs/11_pairing.ipynb #18cf7d2c
+# %% ../nbs/11_pairing.ipynb #afe5c46f
 import torch
 from torch import Tensor
 
 from .core import Others, check_number, leaves, plainly
 
-# %% ../nbs/11_pairing.ipynb #19ca692e
+# %% ../nbs/11_pairing.ipynb #521a1387
 def _sorted_by_class(y, generator):
     "A shuffled batch: its order, and of each place in it the rank by class, and that of the first of its class, and the number of items of that class"
     shuffle = torch.randperm(len(y), generator=generator).to(y.device)
@@ -45,7 +45,7 @@ def same_class(
     shuffle,by_class,rank,first,count = _sorted_by_class(y, generator)
     return _unshuffled(shuffle, by_class[first + (rank-first+1) % count])
 
-# %% ../nbs/11_pairing.ipynb #cb89eed5
+# %% ../nbs/11_pairing.ipynb #e6b31c0d
 def _classes(learn, n, what):
     y = next(iter(learn.yb), None)
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.numel() != n: raise ValueError(
@@ -63,7 +63,7 @@ class SameClass:
     def __call__(self, cb, n): return same_class(_classes(cb.learn, n, self), cb.draws.generator)
     def __repr__(self): return 'SameClass()'
 
-# %% ../nbs/11_pairing.ipynb #3c5e82b3
+# %% ../nbs/11_pairing.ipynb #de554b25
 def near_log_weights(
     at:Tensor, # Where each item is, shape (n, dimensions)
     sigma:float, # Width of the neighbourhood, in standard deviations of `at`
@@ -90,7 +90,7 @@ class NearTarget:
     @plainly
     def __call__(self, cb, n):
         if n < 2: return None
-        at = self._where(cb.learn, n).reshape(n, -1).float()
+        at = self._where(cb.learn, n).reshape(n, -1)
         gumbel = -torch.empty(n, n).exponential_(generator=cb.draws.generator).log_()
         return (near_log_weights(at, self.sigma) + gumbel.to(at.device)).argmax(1)
 
@@ -99,23 +99,24 @@ class NearTarget:
         if not isinstance(at, Tensor) or at.is_complex() or at.ndim == 0 or len(at) != n or (self.by is None and not at.is_floating_point()): raise ValueError(
             f"pairing={self!r} needs {'a target that is a number' if self.by is None else 'a tensor with a row'} for each of the {n} items, got "
             f"{f'a {at.dtype} tensor of shape {tuple(at.shape)}' if isinstance(at, Tensor) else repr(at)}")
-        return at
+        return at.to(torch.promote_types(at.dtype, torch.float32) if at.is_floating_point() else torch.float64)
 
-# %% ../nbs/11_pairing.ipynb #1bd1f7ab
+# %% ../nbs/11_pairing.ipynb #5cdd99e6
 def _tensors(learn): return {path: x for x,path in leaves((tuple(learn.xb), tuple(learn.yb))) if isinstance(x, Tensor) and x.ndim}
 
 class PreviousBatch:
-    "Pair each item with a random one of the batch before"
+    "Pair each item with a random one of the batch that was mixed before"
     needs_leaves = True # Does it know partners of inputs and targets only?
     def __repr__(self): return 'PreviousBatch()'
 
     @plainly
     def __call__(self, cb, n):
-        now,before = _tensors(cb.learn),cb.memory.get(self)
-        cb.memory[self] = now
+        now = {path: x for path,x in _tensors(cb.learn).items() if len(x) == n}
+        before,cb.memory[self] = cb.memory.get(self),now
+        if before is None: cb.memory[self] = {path: x.clone() for path,x in now.items()} # the model may write into what is not mixed
         if before is None or now.keys() != before.keys(): return None
         rows = torch.randint(min(map(len, before.values())), (n,), generator=cb.draws.generator)
-        return Others([(x, self._rows(x, before[path], rows, n)) for path,x in now.items() if len(x) == n])
+        return Others([(x, self._rows(x, before[path], rows, n)) for path,x in now.items()])
 
     def _rows(self, x, before, rows, n):
         if x.shape[1:] != before.shape[1:] or x.dtype != before.dtype: raise ValueError(

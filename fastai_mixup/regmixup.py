@@ -7,16 +7,16 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/regmixup.html.md"""
 # %% auto #0
 __all__ = ['RegMixUp', 'stack_batches', 'split_batches', 'RegMixUpCallback']
 
-# %% ../nbs/15_regmixup.ipynb #ab213483
+# %% ../nbs/15_regmixup.ipynb #a5a8d16b
 import torch
 from fastcore.meta import delegates
 from torch import Tensor
 
 from .callback import AroundCallback, MixCallback
-from .core import check_number, leaves, map_leaves, plainly
+from .core import check_number, leaves, map_leaves
 from .targets import mixed_loss
 
-# %% ../nbs/15_regmixup.ipynb #c9ceba85
+# %% ../nbs/15_regmixup.ipynb #3f095aa6
 def _has_rows(o, n): return isinstance(o, Tensor) and o.ndim > 0 and len(o) == n
 
 def stack_batches(
@@ -38,7 +38,9 @@ def split_batches(
         f"{[tuple(o.shape) for o,_ in leaves(pred) if isinstance(o, Tensor)]}. Use `MixUp`.")
     return tuple(map_leaves(lambda o,_: o[at] if _has_rows(o, 2*n) else o, pred) for at in (slice(n), slice(n, None)))
 
-# %% ../nbs/15_regmixup.ipynb #b8b62f74
+# %% ../nbs/15_regmixup.ipynb #c35d778d
+def _memory(o): return [v.data_ptr() if isinstance(v, Tensor) else v for v,_ in leaves(o)]
+
 class RegMixUpCallback(AroundCallback):
     "Train on each batch and on its mixture, in one forward pass ([Pinto et al. 2022](https://arxiv.org/abs/2206.14502))"
     default_alpha = 10.
@@ -62,10 +64,9 @@ class RegMixUpCallback(AroundCallback):
         super()._init_state()
         self.clean = self.both = self.said = None
 
-    @plainly
     def mix(self):
         "Put the mixed batch below the clean one"
-        self.clean = self.learn.xb
+        self.clean,self.plan.clean_rows = self.learn.xb,len(self.plan)
         self.mix_inputs()
         self.learn.xb = self.both = stack_batches(self.clean, self.mixed, len(self.plan))
 
@@ -81,8 +82,16 @@ class RegMixUpCallback(AroundCallback):
         yb = self.held if self.held else self.learn.yb
         return self.learn.loss_func(pred, *yb) + self.eta*mixed_loss(self.learn.loss_func, self.said, yb, self.plan)
 
+    def _show_clean(self):
+        if self.both is not None and _memory(self.learn.xb) == _memory(self.both): self.learn.xb = self.clean
+
+    def after_cancel_batch(self):
+        "Give the targets and the clean inputs back"
+        super().after_cancel_batch()
+        self._show_clean()
+
     def _forget(self):
-        if self.both is not None and self.learn.xb is self.both: self.learn.xb = self.clean
+        self._show_clean()
         self.clean = self.both = self.said = None
         super()._forget()
 

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/targets.html.md"""
 __all__ = ['check_targets', 'is_loss', 'is_known', 'is_cross_entropy', 'is_smoothing', 'is_nll', 'is_index', 'blend_targets',
            'loss_option', 'unreduced', 'knows_items', 'mixed_loss']
 
-# %% ../nbs/02_targets.ipynb #0d0d3bfa
+# %% ../nbs/02_targets.ipynb #4a15d82b
 import copy
 import inspect
 from functools import lru_cache, partial
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .core import Plan, align, leaves, map_leaves, plainly
 from .losses import cross_entropy, fit_target, reduce_loss
 
-# %% ../nbs/02_targets.ipynb #9aee003a
+# %% ../nbs/02_targets.ipynb #178e0783
 def _name(path): return 'Target ' + '/'.join(map(str, path))
 
 @plainly
@@ -41,7 +41,7 @@ def check_targets(
         if y.layout != torch.strided or y.ndim == 0 or len(y) != n: raise ValueError(
             f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} items.")
 
-# %% ../nbs/02_targets.ipynb #ded389ed
+# %% ../nbs/02_targets.ipynb #f4fd8984
 _TORCH_LOSSES = 'torch.nn.modules.loss', 'torch.nn.functional', 'fastai.losses'
 
 def _inner(loss_func): return loss_func.func if isinstance(loss_func, BaseLoss) else loss_func
@@ -71,7 +71,7 @@ def is_cross_entropy(loss_func): return is_loss(loss_func, nn.CrossEntropyLoss, 
 def is_smoothing(loss_func): return is_loss(loss_func, LabelSmoothingCrossEntropy)
 def is_nll(loss_func): return is_loss(loss_func, nn.NLLLoss, F.nll_loss)
 
-# %% ../nbs/02_targets.ipynb #95c40786
+# %% ../nbs/02_targets.ipynb #df1e4aa4
 _LABELS = nn.MultiLabelMarginLoss,nn.HingeEmbeddingLoss,nn.SoftMarginLoss,nn.CosineEmbeddingLoss,nn.MarginRankingLoss
 
 @plainly
@@ -95,7 +95,7 @@ def blend_targets(
     dtype = torch.promote_types(getattr(pred, 'dtype', torch.float32), torch.float32)
     return map_leaves(lambda y,_: plan.blend_numbers(y, None if y.is_floating_point() or y.is_complex() else dtype), yb)
 
-# %% ../nbs/02_targets.ipynb #be0b269f
+# %% ../nbs/02_targets.ipynb #5178e3e1
 @lru_cache(maxsize=16)
 def _default(func, name):
     param = inspect.signature(func).parameters.get(name)
@@ -126,7 +126,7 @@ def unreduced(
     res.reduction = 'none'
     return res
 
-# %% ../nbs/02_targets.ipynb #d751a52a
+# %% ../nbs/02_targets.ipynb #9c8e2b89
 def knows_items(
     loss_func, # Any loss function
 )->bool:
@@ -134,23 +134,33 @@ def knows_items(
     if callable(getattr(loss_func, 'mixed', None)) or is_cross_entropy(loss_func) or is_nll(loss_func): return True
     return is_known(loss_func) and loss_option(loss_func, 'reduction') is not None and not is_loss(loss_func, nn.CTCLoss, F.ctc_loss)
 
-# %% ../nbs/02_targets.ipynb #6de365ac
+# %% ../nbs/02_targets.ipynb #fc838603
 def _in_order_of(loss_func, loss):
     "Unreduced losses as `loss_func` arranges them"
     if not isinstance(loss_func, BaseLoss) or loss.ndim == 0: return loss
     if loss_func.axis % (loss.ndim+1) != loss.ndim: loss = loss.transpose(loss_func.axis, -1)
     return loss.flatten() if loss_func.flatten else loss
 
+def _mixed_weight(loss_func, y, y1, plan, items):
+    "Weight of each item in a mean that divides by the mixed weights"
+    lam = align(plan.lam if plan.scale is not None else plan.label_lam, items).expand(items.shape)
+    return torch.lerp(*(_nll_weight(loss_func, o, items) for o in (y1, y)), lam)
+
+def _scaled_cross_entropy(loss_func, pred, y, y1, plan, **dials):
+    items = cross_entropy(pred, y, y1, align(plan.label_lam, y).expand(y.shape), reduction='none', **dials) * align(plan.scale, y)
+    return reduce_loss(items, loss_option(loss_func, 'reduction'), _mixed_weight(loss_func, y, y1, plan, items))
+
 @plainly
 def _mixed_cross_entropy(loss_func, pred, y, plan):
     option,axis = partial(loss_option, loss_func),loss_func.axis if isinstance(loss_func, BaseLoss) else min(1, pred.ndim-1)
     if isinstance(loss_func, BaseLoss) and pred.dtype == torch.float64: pred = pred.float() # as fastai does
     y,y1 = (fit_target(o, pred, axis, flatten=isinstance(loss_func, BaseLoss)) for o in (y, plan.partners(y)))
-    loss = cross_entropy(pred, y, y1, align(plan.label_lam, y).expand(y.shape), option('weight'), option('ignore_index', -100),
-                         option('reduction'), option('label_smoothing', 0.), axis)
+    dials = dict(weight=option('weight'), ignore_index=option('ignore_index', -100), label_smoothing=option('label_smoothing', 0.), axis=axis)
+    loss = _scaled_cross_entropy(loss_func, pred, y, y1, plan, **dials) if plan.scale is not None else cross_entropy(
+        pred, y, y1, align(plan.label_lam, y).expand(y.shape), reduction=option('reduction'), **dials)
     if is_smoothing(loss_func): # fastai smooths over all items, also those it ignores
         uniform,eps = pred.logsumexp(axis) - pred.mean(axis),option('eps')
-        loss = eps*reduce_loss(uniform, option('reduction')) + (1-eps)*loss
+        loss = eps*reduce_loss(uniform if plan.scale is None else uniform*plan.scale, option('reduction')) + (1-eps)*loss
     return _in_order_of(loss_func, loss)
 
 def _mixed_by_itself(loss_func, pred, y, plan):
@@ -161,15 +171,12 @@ def _nll_weight(loss_func, y, items):
     used = valid if weight is None else valid*weight[y.where(valid, 0)]
     return used.to(items.dtype).reshape(items.shape)
 
-def _divides_by_weights(loss_func):
-    return is_nll(loss_func) or is_cross_entropy(loss_func) or callable(getattr(loss_func, 'mixed', None))
-
 def _mixed_items(loss_func, pred, yb, yb1, plan):
     items = unreduced(loss_func)
     l,l1 = items(pred, *yb),items(pred, *yb1)
     def each(w): return w.to(l.dtype).view(-1, 1).expand(-1, l.numel()//len(plan)).reshape(l.shape)
-    weight = None
-    if _divides_by_weights(loss_func): weight = torch.lerp(*(_nll_weight(loss_func, y[0], l) for y in (yb1, yb)), each(plan.lam if plan.scale is not None else plan.label_lam))
+    divides = is_nll(loss_func) or callable(getattr(loss_func, 'mixed', None))
+    weight = _mixed_weight(loss_func, yb[0], yb1[0], plan, l) if divides else None
     loss = torch.lerp(l1, l, each(plan.label_lam))
     return reduce_loss(loss if plan.scale is None else loss*each(plan.scale), loss_option(loss_func, 'reduction'), weight)
 
@@ -183,8 +190,8 @@ def mixed_loss(
     def mixed(f): return map_leaves(lambda y,_: f(y) if plan.places(y) is None else plan.paste(y), yb)
     rest = [y for y,_ in leaves(yb) if plan.places(y) is None]
     if not any(is_index(y, pred, loss_func) for y in rest): return loss_func(pred, *mixed(lambda y: blend_targets((y,), plan, pred)[0]))
-    if plan.scale is None and len(yb) == 1 and isinstance(pred, Tensor) and isinstance(yb[0], Tensor):
-        if callable(getattr(loss_func, 'mixed', None)): return _mixed_by_itself(loss_func, pred, yb[0], plan)
+    if len(yb) == 1 and isinstance(pred, Tensor) and isinstance(yb[0], Tensor):
+        if plan.scale is None and callable(getattr(loss_func, 'mixed', None)): return _mixed_by_itself(loss_func, pred, yb[0], plan)
         if is_cross_entropy(loss_func) or is_smoothing(loss_func): return _mixed_cross_entropy(loss_func, pred, yb[0], plan)
     yb,yb1 = mixed(noop),mixed(plan.partners)
     if knows_items(loss_func): return _mixed_items(loss_func, pred, yb, yb1, plan)
