@@ -10,7 +10,7 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #9cfd8bf6
+# %% ../nbs/09_masks.ipynb #976dd4b7
 from functools import cache
 
 import torch
@@ -22,7 +22,7 @@ from .callback import MixUpCallback
 from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #8c018eb9
+# %% ../nbs/09_masks.ipynb #fb01adad
 class MaskPlan(Plan):
     "A plan in which each place of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
@@ -83,7 +83,7 @@ class MaskPlan(Plan):
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #9e27e37c
+# %% ../nbs/09_masks.ipynb #35ec83ea
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -116,7 +116,7 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #e07bd7ca
+# %% ../nbs/09_masks.ipynb #0b892492
 def _edges(centre, side, n):
     "The first place of a box and the first one after it, along a side of `n` places"
     width = (side*n).round()
@@ -169,7 +169,7 @@ def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #7701d3b9
+# %% ../nbs/09_masks.ipynb #844cedab
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
@@ -222,7 +222,7 @@ class FMixCallback(MaskCallback):
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #4a625665
+# %% ../nbs/09_masks.ipynb #9a6a36ef
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
     def __init__(self,
@@ -247,7 +247,7 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #c0aa4cfb
+# %% ../nbs/09_masks.ipynb #641266af
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
     def __init__(self,
@@ -271,7 +271,7 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #404f5887
+# %% ../nbs/09_masks.ipynb #d3f37b13
 def _on_a_line(centre, side):
     "The box of a signal as that of a picture one place high"
     return torch.stack([torch.full_like(centre[:,0], .5), centre[:,0]], 1),torch.cat([torch.ones_like(side), side], 1)
@@ -333,7 +333,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #be3c6b11
+# %% ../nbs/09_masks.ipynb #4ffbf046
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):
