@@ -3,7 +3,7 @@
 The data are downloaded once (`untar_data`), or taken from a local folder in the same layout: `train/CLASS/*.jpg` and `val/CLASS/*.jpg`.
 
 One process: `python examples/train_imagenette.py --mixup 0.2 --epochs 80`
-Several:     `accelerate launch --num_processes 2 examples/train_imagenette.py --mixup 0.2 --epochs 80`
+Several:     `accelerate launch --num_processes 2 examples/train_imagenette.py --mixup 0.2 --epochs 80` (`pip install accelerate`)
 On CPUs:     `python -m torch.distributed.run --nproc_per_node 2 examples/train_imagenette.py ...` (`accelerate launch --cpu` starts one process only)
 """
 from contextlib import nullcontext
@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from fastai.distributed import *
 from fastai.vision.all import *
 from fastai.vision.models.xresnet import *
 from fastcore.script import call_parse
@@ -30,7 +29,10 @@ def images(data, size, woof):
     "The folder with the images: `data`, or a download"
     if not data:
         name = 'IMAGEWOOF' if woof else 'IMAGENETTE'
-        return rank0_first(lambda: untar_data(getattr(URLs, name if size > 224 else f'{name}_320')))
+        download = partial(untar_data, getattr(URLs, name if size > 224 else f'{name}_320'))
+        if not num_distrib(): return download()
+        from fastai.distributed import rank0_first
+        return rank0_first(download)
     path = Path(data)
     for part in 'train', 'val':
         check(any((path/part).glob('*/*')), 'data', f"a folder in Imagenette's layout, with {part}/CLASS/IMAGE in it", data)
@@ -45,6 +47,7 @@ def loaders(path, size, bs, workers):
 
 def without_gpu():
     "Let fastai's loaders agree on the order of the data on CPUs too; as they are they do it by way of a GPU"
+    from fastai.distributed import DistributedDL
     def broadcast(self, t, rank):
         t = torch.tensor(t)
         torch.distributed.broadcast(t, rank)
@@ -98,7 +101,9 @@ def main(
     classes = sum(p.is_dir() for p in (path/'train').iterdir())
     dials = dict(mom=mom, eps=eps, **({} if opt == 'sgd' else dict(sqr_mom=sqrmom)))
     if opt == 'sgd': dials.pop('eps')
-    if not torch.cuda.is_available(): without_gpu()
+    if num_distrib():
+        import fastai.distributed
+        if not torch.cuda.is_available(): without_gpu()
     scores = []
     for run in range(runs):
         if seed is not None: set_seed(seed+run)
