@@ -93,8 +93,8 @@ def train_and_score(method, train, test, seed, epochs, lr=5e-3, augment=False):
     return class_scores(logits(test[0]), test[1]) | dict(train_accuracy=(logits(train[0]).argmax(1) == train[1]).float().mean().item()*100)
 
 
-MAIN = ['none', 'MixUp(.4)', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)', 'output mixup(1)', 'RegMixUp', 'LabelSmoothingCE(.1)', 'MixUp(1) + smoothing', 'RandomMix']
-SHORT = ['none', 'MixUp(.4)', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)', 'LabelSmoothingCE(.1)', 'RandomMix']
+MAIN = ['none', 'MixUp(.4)', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)', 'output mixup(1)', 'RegMixUp', 'LabelSmoothingCE(.1)', 'MixUp(1) + smoothing', 'RandomMix', 'RandomMix to .75']
+SHORT = ['none', 'MixUp(.4)', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)', 'LabelSmoothingCE(.1)', 'RandomMix to .75']
 PARTS = {
     'main': dict(methods=MAIN), 'peers': dict(methods=['none', 'MixUp(1)', 'fastai MixUp(1)', 'CutMix(1)', 'fastai CutMix(1)']),
     'few': dict(methods=SHORT, n=500, epochs=60), 'noisy': dict(methods=SHORT, noise=.4), 'augmented': dict(methods=SHORT, augment=True),

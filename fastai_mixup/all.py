@@ -12,7 +12,7 @@ __all__ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', '
            'SnapMix', 'SnapMixCallback', 'TransMix', 'TransMixCallback', 'MeanLam', 'MixedAccuracy', 'MixedShare',
            'MixFound', 'ReMix', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
 
-# %% ../nbs/90_all.ipynb #34a68f96
+# %% ../nbs/90_all.ipynb #3546a031
 from .align import AlignMixUp, AlignMixUpCallback
 from .callback import MixUp, MixUpCallback
 from .choice import RandomMix, RandomMixCallback
@@ -27,7 +27,7 @@ from .puzzle import PuzzleMix, PuzzleMixCallback
 from .records import MeanLam, MixedAccuracy, MixedShare
 from .regmixup import RegMixUp, RegMixUpCallback
 
-# %% ../nbs/90_all.ipynb #4bda42f2
+# %% ../nbs/90_all.ipynb #e5d59020
 _all_ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE',
          'AlignMixUp', 'AlignMixUpCallback', 'CutMix', 'CutMixCallback', 'FMix', 'FMixCallback', 'GridMix', 'GridMixCallback',
          'PuzzleMix', 'PuzzleMixCallback', 'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback',

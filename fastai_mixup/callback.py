@@ -6,9 +6,10 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 
 # %% auto #0
 __all__ = ['MixUp', 'check_p', 'dial_at', 'check_dial', 'check_moment', 'check_window', 'check_callable', 'check_leaves',
-           'MixCallback', 'MixUpCallback', 'AroundCallback']
+           'check_pairs', 'check_label_lam', 'Scheduled', 'MixCallback', 'MixUpCallback', 'AroundCallback']
 
-# %% ../nbs/05_callback.ipynb #ce420a19
+# %% ../nbs/05_callback.ipynb #48f89c2b
+import inspect
 import sys
 from contextlib import contextmanager
 from itertools import chain
@@ -22,11 +23,11 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from torch import Tensor
 
-from .core import ALPHA_MIN, DrawnAhead, Plan, check_alpha, check_choice, check_number, leaves, plainly, private_generator
+from .core import ALPHA_MIN, DrawnAhead, Others, Plan, check_alpha, check_choice, check_number, leaves, plainly, private_generator
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #66ef8018
+# %% ../nbs/05_callback.ipynb #a21b3732
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -67,7 +68,7 @@ def check_window(start, stop):
 
 def check_callable(name, value, example):
     "Return `value`, or raise a `TypeError` unless it is `None` or can be called"
-    if value is None or (callable(value) and not isinstance(value, type)): return value
+    if value is None or (callable(value) and not isinstance(value, (type, Callback))): return value
     raise TypeError(f"{name} must be None or an object such as `{example}`, got {value!r}")
 
 def check_leaves(
@@ -80,10 +81,29 @@ def check_leaves(
     if found: raise ValueError(f"{name} must leave {', '.join(map(repr, found))} to the callback around, got it in {method!r}")
     return method
 
+def check_pairs(pairing, perm, n):
+    "Return what `pairing` said, or raise an error that says what it has to be"
+    if perm is None or isinstance(perm, Others): return perm
+    if not isinstance(perm, Tensor) or perm.dtype != torch.int64 or perm.shape != (n,): raise TypeError(
+        f"pairing={pairing!r} must return the index of each item's partner as an int64 tensor of shape ({n},), or None for no mixing, got {perm!r}")
+    if perm.device.type == 'cpu' and not ((perm >= 0) & (perm < n)).all(): raise ValueError(f"pairing={pairing!r} must return indices from 0 to {n-1}, got {perm.tolist()}")
+    return perm
+
+def check_label_lam(labels, lam, n):
+    "Return what the rule for `labels` said, or raise an error that says what it has to be"
+    if isinstance(lam, Tensor) and lam.is_floating_point() and lam.shape == (n,): return lam
+    raise TypeError(f"labels={labels!r} must return the weight of each item's own label as a float tensor of shape ({n},), got {lam!r}")
+
+class Scheduled:
+    "Stands for a schedule where one is shown"
+    def __repr__(self): return 'scheduled'
+
 class MixCallback(Callback):
     "Base of the mixing callbacks: draws a plan for each training batch, and takes the loss against the mixed targets"
     order,run_valid = 8,False
     needs_places = False # Can it mix only what has places, such as pictures?
+    weighs_labels = False # Does it weigh the labels by a rule of its own?
+    takes_alpha = True # Does `alpha` say how much is mixed?
     _stateattrs = 'order','plan','held','mixed','kept','draws','mixer','memory'
 
     def __init__(self,
@@ -95,7 +115,7 @@ class MixCallback(Callback):
         stateful:bool|None=None, # Keep one plan per epoch, for models that carry hidden state on? `None`: if the data is an `LMDataLoader`
         generator:torch.Generator|None=None, # On the CPU; `None` for one seeded at each fit from torch's state, which it leaves as it is
         start:float|int=0, # When mixing begins: a share of the training in [0., 1.], or a number of epochs (an `int`)
-        stop:float|int=1., # When it ends: a share of the training in [0., 1.], or a number of epochs (an `int`)
+        stop:float|int=1., # When it ends: a share of the training in [0., 1.], or a number of epochs (an `int`: 1 is after the first one)
         pairing=None, # Who is mixed with whom, such as `DifferentClass()`; `None` for a random other item of the batch
         labels=None, # How the loss weighs the labels, such as `ReMix()`; `None` for as much as there is of each item
     ):
@@ -106,9 +126,23 @@ class MixCallback(Callback):
         self.inputs,self.stateful = check_inputs_option(inputs),check_choice('stateful', stateful, (None, True, False))
         self.generator = _check_generator(generator)
         self.pairing,self.labels = check_callable('pairing', pairing, 'DifferentClass()'),check_callable('labels', labels, 'ReMix()')
+        if labels is not None and self.weighs_labels: raise ValueError(f"labels={labels!r} cannot be used with {type(self).__name__}, which weighs the labels itself")
         self._init_state()
 
-    def __repr__(self): return f"{type(self).__name__}(alpha={'scheduled' if callable(self.alpha) else format(self.alpha, 'g')})"
+    def __repr__(self):
+        shown = [f'{name}={value:g}' if isinstance(value, float) else f'{name}={value!r}' for name,value in self._arguments().items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _arguments(self):
+        "`alpha`, and what differs from the defaults"
+        params = {}
+        for cls in type(self).__mro__:
+            if '__init__' in cls.__dict__ and issubclass(cls, MixCallback): params |= {k: v for k,v in inspect.signature(cls.__init__).parameters.items() if k not in params}
+        params = {'alpha': params.pop('alpha'), **params}
+        own = {name: self.__dict__[name] for name in params if name in self.__dict__ and name != 'generator'}
+        if not self.takes_alpha: own.pop('alpha')
+        own |= {name: Scheduled() for name in ('alpha', 'p') if callable(own.get(name))}
+        return {name: value for name,value in own.items() if name == 'alpha' or value != params[name].default}
 
     def _init_state(self):
         super()._init_state()
@@ -155,7 +189,6 @@ class MixCallback(Callback):
         if self.plan is None: return
         check_targets(self.learn.yb, len(self.plan))
         if self.labels is not None or self.plan.weighs_labels: self.check_labels()
-        if self.labels is not None and self.plan.weighs_labels: raise ValueError(f"labels={self.labels!r} cannot be used with {self}, which weighs the labels itself")
         self.mix()
         self.order = _LAST
 
@@ -231,7 +264,7 @@ class MixCallback(Callback):
 
     def pair(self, plan):
         "Ask the pairing who is mixed with whom, or that of the callback around"
-        if self.pairing is not None: plan.perm = self.pairing(self, len(plan))
+        if self.pairing is not None: plan.perm = check_pairs(self.pairing, self.pairing(self, len(plan)), len(plan))
         elif self.lender is not None: self.lender.pair(plan)
 
     def pairs_outside(self):
@@ -269,7 +302,7 @@ class MixCallback(Callback):
     @plainly
     def _settle_labels(self):
         self.plan.settle()
-        if self.labels is not None: self.plan.tell(self.labels(self))
+        if self.labels is not None: self.plan.tell(check_label_lam(self.labels, self.labels(self), len(self.plan)))
 
     def off(self):
         "Is there no mixing at this moment of the training?"
@@ -325,7 +358,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #a13e51c5
+# %% ../nbs/05_callback.ipynb #1b9c26bd
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()
@@ -333,7 +366,7 @@ class MixUpCallback(MixCallback):
 
 MixUp = MixUpCallback
 
-# %% ../nbs/05_callback.ipynb #ee99c2a9
+# %% ../nbs/05_callback.ipynb #925e5138
 class AroundCallback(MixCallback):
     "Base of the callbacks that may mix by the method of another"
     def __init__(self,
@@ -343,7 +376,8 @@ class AroundCallback(MixCallback):
     ):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"
         if method is not None:
-            if not isinstance(method, MixUpCallback): raise TypeError(f"method must be None or a callback that mixes inputs, such as `CutMix()`, got {method!r}")
+            if not isinstance(method, MixUpCallback): raise TypeError(
+                f"method must be None or a callback that mixes inputs, such as `CutMix()` or `RandomMix([MixUp(), CutMix()])`, got {method!r}")
             check_leaves('method', method, 'inputs', 'generator', 'labels')
             given = {'alpha': alpha, **kwargs} if alpha is not None else kwargs
             for name in ('alpha', 'fold', 'pairing'):
@@ -352,7 +386,8 @@ class AroundCallback(MixCallback):
         self.method = method
 
     default_alpha,method = 0.4,None
-    def __repr__(self): return super().__repr__() if self.method is None else f"{type(self).__name__}(method={self.method!r})"
+    @property
+    def takes_alpha(self): return self.method is None
 
     def draw(self, n, per, device):
         if self.method is None: return super().draw(n, per, device)

@@ -7,10 +7,9 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/find.html.md"""
 # %% auto #0
 __all__ = ['check_count', 'mixer_of', 'check_mixes', 'mix_name', 'copied', 'seeded', 'MixFound']
 
-# %% ../nbs/21_find.ipynb #048e94df
+# %% ../nbs/21_find.ipynb #f9aa5813
 import copy
 import html
-import inspect
 import random
 import threading
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from torch import Tensor
 from .callback import MixCallback, MixUp
 from .core import check_alpha, leaves
 
-# %% ../nbs/21_find.ipynb #514ce2e1
+# %% ../nbs/21_find.ipynb #9217b57c
 def check_count(name, value, low):
     "Return `value` as an int, or raise an error that names the argument"
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -44,9 +43,6 @@ def check_count(name, value, low):
 def mixer_of(learn):
     "The callback of `learn` that mixes, or `None`"
     return next((cb for cb in learn.cbs if isinstance(cb, MixCallback)), None)
-
-def _takes_alpha(cb):
-    return 'alpha' in inspect.signature(type(cb).__init__).parameters and getattr(cb, 'minmax', None) is None
 
 def check_mixes(
     mixes, # What the user passed
@@ -64,7 +60,7 @@ def check_mixes(
         if number:
             try: check_alpha(mix)
             except ValueError as e: raise ValueError(f"mixes[{i}]: {e}") from None
-            if mixer is not None and not _takes_alpha(mixer): raise TypeError(
+            if mixer is not None and not mixer.takes_alpha: raise TypeError(
                 f"mixes[{i}] must be a mixing callback or None, got {mix!r}: {mixer!r}, which the Learner has, takes no alpha")
     return mixes
 
@@ -75,7 +71,7 @@ def mix_name(
     if mix is None: return 'none'
     return repr(mix).replace('Callback(', '(') if isinstance(mix, MixCallback) else f'{mix:g}'
 
-# %% ../nbs/21_find.ipynb #6efce75f
+# %% ../nbs/21_find.ipynb #f9fe4ed7
 _REPORTERS = Recorder,ProgressCallback,ShowGraphCallback,CSVLogger
 _RUNNING = 'lock','opt','dl','xb','yb','pred','loss','loss_grad','smooth_loss','final_record'
 
@@ -114,7 +110,7 @@ def copied(
     vars(new).update(state, lock=threading.Lock(), opt=None, logger=noop, create_mbar=False, lr_finder=True, cbs=type(learn.cbs)())
     return new.add_cbs([*cbs, Recorder(), *([] if cb is None else [cb])])
 
-# %% ../nbs/21_find.ipynb #a1dc5a42
+# %% ../nbs/21_find.ipynb #a72e0603
 def _data_parts(dls):
     "Loaders, and the samplers in them"
     for dl in dls.loaders:
@@ -158,7 +154,7 @@ def seeded(
     finally:
         for o in before: _put_back(*o)
 
-# %% ../nbs/21_find.ipynb #fc73c218
+# %% ../nbs/21_find.ipynb #f9b6c8c1
 def _told_apart(names): return [name if names.count(name) == 1 else f'{name} #{names[:i].count(name)+1}' for i,name in enumerate(names)]
 
 class MixFound:
@@ -227,7 +223,7 @@ class MixFound:
         ax.legend()
         return ax
 
-# %% ../nbs/21_find.ipynb #cd345cf7
+# %% ../nbs/21_find.ipynb #73e7e161
 def _check_search(learn, mixes, epochs, repeats, seed):
     "What `mix_find` was given, checked before the first training"
     loaders = getattr(learn.dls, 'loaders', ())

@@ -8,23 +8,25 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/labels.html.md"""
 __all__ = ['SnapMix', 'TransMix', 'remix_lam', 'ReMix', 'activation_maps', 'share_in_box', 'classical_map', 'SnapPlan',
            'SnapMixCallback', 'last_attention', 'attention_of', 'patch_grid', 'TransMixCallback']
 
-# %% ../nbs/12_labels.ipynb #8f6ecd7e
+# %% ../nbs/12_labels.ipynb #325037aa
 import weakref
 
 import torch
 import torch.nn.functional as F
+from fastcore.meta import delegates
 from fasttransform.cast import retain_type
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from .callback import MixCallback
 from .core import Others, check_number, leaves, map_leaves, plainly
 from .cuts import _hooked, find_cuts, untouched
 from .inputs import InputMixer, unwrapped
 from .manifold import _answering, _in_backward, _in_batch
 from .masks import CutMixCallback, MaskCallback, MaskPlan, _edges, box_mask, shrink_into
 
-# %% ../nbs/12_labels.ipynb #6616a588
+# %% ../nbs/12_labels.ipynb #333b7f6b
 def remix_lam(
     lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
     count:Tensor, # Number of items of its class, shape (n,)
@@ -32,7 +34,7 @@ def remix_lam(
     kappa:float=3., # From which ratio of the two numbers on the rarer class takes the label, at least 1
     tau:float=.5, # Up to which share of the frequent class, in [0, 1]
 )->Tensor: # Weight of the item's own label, shape (n,)
-    "All of the label for the rarer class, where it is rare enough and there is enough of it ([Chou et al. 2020](https://arxiv.org/abs/2007.03943), eq. 8)"
+    "All of the label for the rarer class, where it is rare enough and there is enough of it ([Chou et al. 2020](https://arxiv.org/abs/2007.03943))"
     frequent,rare = count >= kappa*partner_count,partner_count >= kappa*count
     return lam.masked_fill(frequent & (lam < tau), 0.).masked_fill(rare & (1-lam < tau), 1.)
 
@@ -44,6 +46,7 @@ class ReMix:
         counts=None, # Number of training items of each class, shape (classes,); `None` counts those seen so far in the fit
     ):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"
+        if isinstance(counts, (str, dict)): raise TypeError(f"counts must be a list or tensor with one number for each class, got {counts!r}")
         self.kappa,self.tau = check_number('kappa', kappa, 1, 1e9),check_number('tau', tau, 0, 1)
         self.counts = None if counts is None else torch.as_tensor(counts, dtype=torch.float32)
         if self.counts is not None and (self.counts.ndim != 1 or not (self.counts >= 0).all()): raise ValueError(
@@ -59,12 +62,14 @@ class ReMix:
         return remix_lam(cb.plan.lam, own, partner, self.kappa, self.tau)
 
     def _counts(self, cb, y):
+        classes = cb.learn.pred.shape[1]
+        if self.counts is not None and len(self.counts) != classes: raise ValueError(f"counts must hold one number for each of the {classes} classes, got {len(self.counts)}")
         if self.counts is not None: return self.counts.to(y.device, non_blocking=True)
-        if self not in cb.memory: cb.memory[self] = torch.zeros(cb.learn.pred.shape[1], device=y.device)
+        if self not in cb.memory: cb.memory[self] = torch.zeros(classes, device=y.device)
         n = len(cb.memory[self])
         return cb.memory[self].index_add_(0, y.clamp(0, n-1), ((y >= 0) & (y < n)).float())
 
-# %% ../nbs/12_labels.ipynb #8fcd1b93
+# %% ../nbs/12_labels.ipynb #b5e3a4f7
 def activation_maps(
     model:nn.Module, # A classifier; is left as it was
     layer:nn.Module, # One of its layers, whose output has places
@@ -104,7 +109,7 @@ def share_in_box(
 
 def classical_map(features, weight): return torch.einsum('nchw,nc->nhw', features, weight)
 
-# %% ../nbs/12_labels.ipynb #26395410
+# %% ../nbs/12_labels.ipynb #a338d3ee
 class SnapPlan(MaskPlan):
     "A plan in which a box of each item shows a box of its partner"
     reshapes = True
@@ -134,6 +139,9 @@ def _deepest_with_places(cb, pictures, n):
 
 class SnapMixCallback(MaskCallback):
     "Replace a box of each item by one of its partner, and weigh the labels by what both show ([Huang et al. 2021](https://arxiv.org/abs/2012.04846))"
+    weighs_labels = True
+
+    @delegates(MixCallback.__init__, but=['alpha', 'fold', 'labels'])
     def __init__(self,
         alpha:float=5., # Parameter of Beta(alpha, alpha), from which the shares outside of both boxes are drawn: 0 for no mixing, or from 1e-9 to 1e9
         fold:bool=False, # Keep at least half of each item?
@@ -175,7 +183,7 @@ class SnapMixCallback(MaskCallback):
 
 SnapMix = SnapMixCallback
 
-# %% ../nbs/12_labels.ipynb #776ff35e
+# %% ../nbs/12_labels.ipynb #a1abcf34
 class _Found(Exception):
     "Carries the attention out of a layer"
 
@@ -248,7 +256,7 @@ def patch_grid(
     grids = [(h, n//h) for n,h in heights if h and n % h == 0 and error((h, n//h)) < max(size)]
     return min(grids, key=error, default=None)
 
-# %% ../nbs/12_labels.ipynb #daed7e8e
+# %% ../nbs/12_labels.ipynb #7c2069a3
 class _Noted:
     "Notes what a layer is given while the model of `learn` answers to its batch, as long as `plan` lives"
     def __init__(self, layer, learn, plan):
@@ -266,7 +274,7 @@ class _Noted:
 
 class TransMixCallback(CutMixCallback):
     "CutMix whose labels are weighed by what a transformer attends to ([Chen et al. 2022](https://arxiv.org/abs/2111.09833))"
-    what = 'TransMix'
+    what,weighs_labels = 'TransMix',True
 
     def shape(self, plan):
         self.check_labels()

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #f47d50c7
+# %% ../nbs/08_manifold.ipynb #797bfa78
 import random
 import sys
 import threading
@@ -31,7 +31,7 @@ from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .inputs import InputMixer, is_compiled, unwrapped
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #19692491
+# %% ../nbs/08_manifold.ipynb #4d8ee208
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -109,7 +109,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #cc89352d
+# %% ../nbs/08_manifold.ipynb #465a3d07
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -158,7 +158,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #3fe3dc49
+# %% ../nbs/08_manifold.ipynb #9428c363
 class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['alpha'])
@@ -180,6 +180,12 @@ class ManifoldMixUpCallback(AroundCallback):
             if not isinstance(o, (nn.Module, type, str)): raise TypeError(
                 f"layers must hold modules, names, patterns, types or 'output', got {o!r}")
         if self.wanted == [] and not self.include_input: raise ValueError("layers is empty and include_input is False: there is nothing to mix")
+
+    def _arguments(self):
+        own = super()._arguments()
+        if own.pop('include_input', True) is False and self.wanted != ['output']: own['include_input'] = False
+        if self.wanted is not None: own['layers'] = [o if isinstance(o, str) else getattr(o, '__name__', type(o).__name__) for o in self.wanted]
+        return own
 
     _stateattrs = (*MixCallback._stateattrs, 'armed', 'place', 'kept_place', 'places', 'cuts', 'place_rng')
 

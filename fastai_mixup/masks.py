@@ -10,19 +10,20 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #976dd4b7
+# %% ../nbs/09_masks.ipynb #24f35073
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from fastcore.meta import delegates
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-from .callback import MixUpCallback
+from .callback import MixCallback, MixUpCallback
 from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #fb01adad
+# %% ../nbs/09_masks.ipynb #cd18717e
 class MaskPlan(Plan):
     "A plan in which each place of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
@@ -83,7 +84,7 @@ class MaskPlan(Plan):
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #35ec83ea
+# %% ../nbs/09_masks.ipynb #104f5b0c
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -116,7 +117,7 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #0b892492
+# %% ../nbs/09_masks.ipynb #b9ae7271
 def _edges(centre, side, n):
     "The first place of a box and the first one after it, along a side of `n` places"
     width = (side*n).round()
@@ -139,6 +140,7 @@ def box_mask(
 
 class CutMixCallback(MaskCallback):
     "Replace a box of each item by that of its partner ([Yun et al. 2019](https://arxiv.org/abs/1905.04899))"
+    @delegates(MixCallback.__init__, but=['alpha', 'fold'])
     def __init__(self,
         alpha:float=1., # Parameter of Beta(alpha, alpha), from which the share outside of the box is drawn: 0 for no mixing, or from 1e-9 to 1e9
         minmax:tuple|None=None, # Smallest and largest side of the box as a share of the item's, in [0, 1], instead of `alpha`; such a box is never clipped
@@ -165,11 +167,14 @@ class CutMixCallback(MaskCallback):
     what = 'CutMix'
     def centre(self, plan): return self.uniform(plan, 3)
 
+    @property
+    def takes_alpha(self): return self.minmax is None
+
 def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1-side/2)
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #844cedab
+# %% ../nbs/09_masks.ipynb #97fcfd5d
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
@@ -200,6 +205,7 @@ def top_mask(
 
 class FMixCallback(MaskCallback):
     "Replace the low places of a cloud by the partner's ([Harris et al. 2020](https://arxiv.org/abs/2002.12047))"
+    @delegates(MixCallback.__init__, but=['alpha', 'fold'])
     def __init__(self,
         alpha:float=1., # Parameter of Beta(alpha, alpha), from which the share to keep is drawn: 0 for no mixing, or from 1e-9 to 1e9
         decay:float=3., # Power by which the amplitude of the noise falls with its frequency, from 0 to 10; smoother clouds with more
@@ -222,9 +228,10 @@ class FMixCallback(MaskCallback):
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #9a6a36ef
+# %% ../nbs/09_masks.ipynb #47b3ee79
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
+    @delegates(MixCallback.__init__, but=['alpha', 'fold'])
     def __init__(self,
         alpha:float=1., # Parameter of Beta(alpha, alpha), from which the probability to keep a cell is drawn: 0 for no mixing, or from 1e-9 to 1e9
         grid:int=4, # Number of cells along each dimension, from 1 to 1000
@@ -247,9 +254,11 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #641266af
+# %% ../nbs/09_masks.ipynb #dab862a1
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
+    takes_alpha = False
+    @delegates(MixCallback.__init__, but=['alpha', 'fold'])
     def __init__(self,
         sigma:tuple=(.25, .5), # Smallest and largest standard deviation of the bell as a share of each side, from 0.001 to 10
         **kwargs
@@ -271,7 +280,7 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #d3f37b13
+# %% ../nbs/09_masks.ipynb #9de6b832
 def _on_a_line(centre, side):
     "The box of a signal as that of a picture one place high"
     return torch.stack([torch.full_like(centre[:,0], .5), centre[:,0]], 1),torch.cat([torch.ones_like(side), side], 1)
@@ -319,6 +328,8 @@ class ResizePlan(MaskPlan):
 
 class ResizeMixCallback(MaskCallback):
     "Put the whole partner, resized, on a box of each item ([Qin et al. 2020](https://arxiv.org/abs/2012.11101))"
+    takes_alpha = False
+    @delegates(MixCallback.__init__, but=['alpha', 'fold'])
     def __init__(self,
         side:tuple=(.1, .8), # Smallest and largest side of the box as a share of the item's, in [0, 1]
         **kwargs
@@ -333,7 +344,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #4ffbf046
+# %% ../nbs/09_masks.ipynb #78f27920
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):

@@ -7,13 +7,13 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/pairing.html.md"""
 # %% auto #0
 __all__ = ['different_class', 'same_class', 'DifferentClass', 'SameClass', 'near_log_weights', 'NearTarget', 'PreviousBatch']
 
-# %% ../nbs/11_pairing.ipynb #afe5c46f
+# %% ../nbs/11_pairing.ipynb #c6df8c7e
 import torch
 from torch import Tensor
 
 from .core import Others, check_number, leaves, plainly
 
-# %% ../nbs/11_pairing.ipynb #521a1387
+# %% ../nbs/11_pairing.ipynb #98ad360e
 def _sorted_by_class(y, generator):
     "A shuffled batch: its order, and of each place in it the rank by class, and that of the first of its class, and the number of items of that class"
     shuffle = torch.randperm(len(y), generator=generator).to(y.device)
@@ -45,7 +45,7 @@ def same_class(
     shuffle,by_class,rank,first,count = _sorted_by_class(y, generator)
     return _unshuffled(shuffle, by_class[first + (rank-first+1) % count])
 
-# %% ../nbs/11_pairing.ipynb #e6b31c0d
+# %% ../nbs/11_pairing.ipynb #b1876bd0
 def _classes(learn, n, what):
     y = next(iter(learn.yb), None)
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.numel() != n: raise ValueError(
@@ -63,7 +63,7 @@ class SameClass:
     def __call__(self, cb, n): return same_class(_classes(cb.learn, n, self), cb.draws.generator)
     def __repr__(self): return 'SameClass()'
 
-# %% ../nbs/11_pairing.ipynb #de554b25
+# %% ../nbs/11_pairing.ipynb #db17c1da
 def near_log_weights(
     at:Tensor, # Where each item is, shape (n, dimensions)
     sigma:float, # Width of the neighbourhood, in standard deviations of `at`
@@ -97,11 +97,11 @@ class NearTarget:
     def _where(self, learn, n):
         at = next(iter(learn.yb), None) if self.by is None else self.by(learn)
         if not isinstance(at, Tensor) or at.is_complex() or at.ndim == 0 or len(at) != n or (self.by is None and not at.is_floating_point()): raise ValueError(
-            f"pairing={self!r} needs {'a target that is a number' if self.by is None else 'a tensor with a row'} for each of the {n} items, got "
+            f"pairing={self!r} needs {'a target that is a number (a float tensor; for others by=lambda learn: learn.yb[0])' if self.by is None else 'a tensor with a row'} for each of the {n} items, got "
             f"{f'a {at.dtype} tensor of shape {tuple(at.shape)}' if isinstance(at, Tensor) else repr(at)}")
         return at.to(torch.promote_types(at.dtype, torch.float32) if at.is_floating_point() else torch.float64)
 
-# %% ../nbs/11_pairing.ipynb #5cdd99e6
+# %% ../nbs/11_pairing.ipynb #f92e76ed
 def _tensors(learn): return {path: x for x,path in leaves((tuple(learn.xb), tuple(learn.yb))) if isinstance(x, Tensor) and x.ndim}
 
 class PreviousBatch:
