@@ -10,12 +10,13 @@ __all__ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', '
            'PuzzleMix', 'PuzzleMixCallback', 'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback',
            'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback', 'SmoothMix', 'SmoothMixCallback',
            'SnapMix', 'SnapMixCallback', 'TransMix', 'TransMixCallback', 'MeanLam', 'MixedAccuracy', 'MixedShare',
-           'MixFound', 'ReMix', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
+           'MixFound', 'ReMix', 'AcrossRanks', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
 
-# %% ../nbs/90_all.ipynb #3546a031
+# %% ../nbs/90_all.ipynb #f1a52a3c
 from .align import AlignMixUp, AlignMixUpCallback
 from .callback import MixUp, MixUpCallback
 from .choice import RandomMix, RandomMixCallback
+from .distributed import AcrossRanks
 from .find import MixFound
 from .label_smoothing import LabelSmoothingCE
 from .labels import ReMix, SnapMix, SnapMixCallback, TransMix, TransMixCallback
@@ -27,9 +28,9 @@ from .puzzle import PuzzleMix, PuzzleMixCallback
 from .records import MeanLam, MixedAccuracy, MixedShare
 from .regmixup import RegMixUp, RegMixUpCallback
 
-# %% ../nbs/90_all.ipynb #e5d59020
+# %% ../nbs/90_all.ipynb #0bc38274
 _all_ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE',
          'AlignMixUp', 'AlignMixUpCallback', 'CutMix', 'CutMixCallback', 'FMix', 'FMixCallback', 'GridMix', 'GridMixCallback',
          'PuzzleMix', 'PuzzleMixCallback', 'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback',
          'SmoothMix', 'SmoothMixCallback', 'SnapMix', 'SnapMixCallback', 'TransMix', 'TransMixCallback',
-         'MeanLam', 'MixedAccuracy', 'MixedShare', 'MixFound', 'ReMix', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
+         'MeanLam', 'MixedAccuracy', 'MixedShare', 'MixFound', 'ReMix', 'AcrossRanks', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']

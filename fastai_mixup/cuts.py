@@ -7,23 +7,25 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #02edaa4e
+# %% ../nbs/07_cuts.ipynb #0b5f06ba
 import random
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MethodType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook
 
 from .core import leaves, map_leaves
 from .indices import MixedIndex
 from .inputs import InputMixer
 
-# %% ../nbs/07_cuts.ipynb #1f114035
+# %% ../nbs/07_cuts.ipynb #bd838eed
 def _items(v): return dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None
 def _snapshot(module): return {k: (v, _items(v)) for k,v in module.__dict__.items()}
 
@@ -42,10 +44,12 @@ def _put_back(module, snapshot):
 def untouched(
     model:nn.Module, # Any model
 ):
-    "Put the buffers, the attributes of all modules and the random streams back after the block, whatever happens in it"
+    "Put the buffers, the attributes of all modules and the random streams back after the block, whatever happens in it; no rank waits for another in it"
     attributes = [(m, _snapshot(m)) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     python,numpy,devices = random.getstate(),np.random.get_state(),[p.device for p in model.parameters() if p.device.type == 'cuda'][:1]
+    for m in model.modules():
+        if isinstance(m, nn.SyncBatchNorm): m.forward = MethodType(_BatchNorm.forward, m) # other ranks may not be here
     try:
         with torch.random.fork_rng(devices=devices): yield
     finally:
@@ -55,7 +59,7 @@ def untouched(
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/07_cuts.ipynb #2114257e
+# %% ../nbs/07_cuts.ipynb #f8a81b9d
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -172,7 +176,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #cb46a8e1
+# %% ../nbs/07_cuts.ipynb #52ad0dc6
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -241,7 +245,7 @@ def find_cuts(
         cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, n_layers < 2 and first[0].looks_up))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #574fd40e
+# %% ../nbs/07_cuts.ipynb #4f62bf12
 def _copy(o, _): return o.clone() if isinstance(o, Tensor) else o
 def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
 
@@ -289,7 +293,7 @@ def knows_nothing_else(
             if n == size: raise
         else: return all(map(_same, a, b))
 
-# %% ../nbs/07_cuts.ipynb #a1bfdad1
+# %% ../nbs/07_cuts.ipynb #b2956279
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)

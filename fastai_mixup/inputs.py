@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/inputs.html.md"""
 # %% auto #0
 __all__ = ['input_names', 'check_inputs_option', 'is_compiled', 'unwrapped', 'hides_embeddings', 'InputMixer']
 
-# %% ../nbs/04_inputs.ipynb #6acf3462
+# %% ../nbs/04_inputs.ipynb #019ccf57
 import inspect
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .core import Plan, Reused, leaves, map_leaves, plainly
 from .indices import MixedIndex
 
-# %% ../nbs/04_inputs.ipynb #0c73232d
+# %% ../nbs/04_inputs.ipynb #ee042c3f
 def input_names(
     model, # A module; the names come from the arguments of its `forward`
     n:int, # Number of inputs
@@ -141,4 +141,4 @@ class InputMixer:
             if isinstance(x, MixedIndex) and not x.origins[0].lookups: raise RuntimeError(
                 f"{x.origins[0].label} holds integers that no embedding looked up, so that it was not mixed. If it holds numbers, make it a "
                 "float tensor in your data; if every item is to keep its own, choose the others by `inputs=`. (A compiled or scripted model "
-                "hides its embeddings: train it as it is.)")
+                "hides its embeddings: train it as it is. So does DataParallel: use DistributedDataParallel.)")

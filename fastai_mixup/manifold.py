@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #797bfa78
+# %% ../nbs/08_manifold.ipynb #ffc18af2
 import random
 import sys
 import threading
@@ -31,7 +31,7 @@ from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .inputs import InputMixer, is_compiled, unwrapped
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #4d8ee208
+# %% ../nbs/08_manifold.ipynb #791898f8
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -109,7 +109,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #465a3d07
+# %% ../nbs/08_manifold.ipynb #d5116140
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -158,7 +158,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #9428c363
+# %% ../nbs/08_manifold.ipynb #272efa6b
 class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['alpha'])
@@ -172,7 +172,8 @@ class ManifoldMixUpCallback(AroundCallback):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"
         super().__init__(alpha, method, **kwargs)
         if self.pairs_outside(): raise ValueError(
-            "pairing=PreviousBatch() is for inputs only: hidden activations of another batch belong to another state of the model")
+            "Partners from outside of the batch, as of pairing=PreviousBatch() or AcrossRanks(), are for inputs only: hidden activations of another "
+            "batch belong to another state of the model, and those of another rank are not here")
         self.wanted = None if layers is None else list(layers) if isinstance(layers, (list, tuple, nn.ModuleList)) else [layers]
         check_choice('include_input', include_input, (None, True, False))
         self.include_input = self.wanted != ['output'] if include_input is None else include_input
@@ -187,11 +188,16 @@ class ManifoldMixUpCallback(AroundCallback):
         if self.wanted is not None: own['layers'] = [o if isinstance(o, str) else getattr(o, '__name__', type(o).__name__) for o in self.wanted]
         return own
 
-    _stateattrs = (*MixCallback._stateattrs, 'armed', 'place', 'kept_place', 'places', 'cuts', 'place_rng')
+    _stateattrs = (*MixCallback._stateattrs, 'armed', 'place', 'kept_place', 'places', 'cuts', 'place_rng', 'toss')
 
     def _init_state(self):
         super()._init_state()
-        self.armed = self.place = self.kept_place = self.places = self.cuts = self.place_rng = None
+        self.armed = self.place = self.kept_place = self.places = self.cuts = self.place_rng = self.toss = None
+
+    def before_batch(self):
+        "Toss for the place, mixed or not: so the ranks of a distributed run agree on it, even if they mix different batches"
+        if self.generator is None: self.toss = self._toss()
+        super().before_batch()
 
     def mix(self):
         "Draw a place, and mix there or arm the layer"
@@ -217,9 +223,11 @@ class ManifoldMixUpCallback(AroundCallback):
         if self.armed is not None: self.armed.check()
         else: self.check_mixed_inputs()
 
-    def _draw_place(self):
+    def _toss(self):
         if self.place_rng is None: self.place_rng = self.generator or private_generator('place')
-        return self.places[torch.randint(len(self.places), (), generator=self.place_rng)]
+        return torch.randint(2**32-1, (), generator=self.place_rng).item()
+
+    def _draw_place(self): return self.places[(self._toss() if self.generator else self.toss) % len(self.places)]
 
     def _forget(self):
         if self.armed is not None: self.armed.disarm()

@@ -178,7 +178,7 @@ def test_memory_of_the_loss(loss_func, plain):
     ours,theirs = (peak_of(batch, logits, cb, lf)/logits.nbytes for cb,lf in ((MixUp(), loss_func), (None, plain)))
     assert ours < 1.1 < theirs
 
-SMALL = dict(inputs='4x3x8x8', losses='8x20', smoothing='8x20', hidden='4x3x8', steps='4x3x32x32', memory=None, methods='4x3x8x8')
+SMALL = dict(inputs='4x3x8x8', losses='8x20', smoothing='8x20', hidden='4x3x8', steps='4x3x32x32', memory=None, methods='4x3x8x8', ranks='4x3x32x32')
 def script(name, *args):
     return subprocess.run([sys.executable, '-W', 'ignore', BENCHMARKS/f'{name}.py', *args], capture_output=True, text=True, check=True).stdout
 
@@ -186,6 +186,7 @@ def script(name, *args):
 def test_benchmarks_run(name, tmp_path):
     sizes = ['--sizes', SMALL[name]] if SMALL[name] else []
     if name == 'methods': sizes += ['--steps', '4x3x32x32']
+    if name == 'ranks': sizes += ['--ranks', '2']
     out = script(name, '--rounds', '2', '--threads', '1', '--results', str(tmp_path), *sizes)
     assert re.search(r'^size +contestant', out, re.M)
     assert {p.name for p in tmp_path.iterdir()} == {f'{name}_1.json', f'{name}_1.png'}
