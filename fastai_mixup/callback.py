@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 __all__ = ['MixUp', 'check_p', 'dial_at', 'check_dial', 'check_moment', 'check_window', 'check_callable', 'check_leaves',
            'check_pairs', 'check_label_lam', 'Scheduled', 'MixCallback', 'MixUpCallback', 'AroundCallback']
 
-# %% ../nbs/05_callback.ipynb #48f89c2b
+# %% ../nbs/05_callback.ipynb #b76d6e11
 import inspect
 import sys
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .core import ALPHA_MIN, DrawnAhead, Others, Plan, check_alpha, check_choice
 from .inputs import InputMixer, check_inputs_option
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #a21b3732
+# %% ../nbs/05_callback.ipynb #cca1875c
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -116,8 +116,8 @@ class MixCallback(Callback):
         generator:torch.Generator|None=None, # On the CPU; `None` for one seeded at each fit from torch's state, which it leaves as it is
         start:float|int=0, # When mixing begins: a share of the training in [0., 1.], or a number of epochs (an `int`)
         stop:float|int=1., # When it ends: a share of the training in [0., 1.], or a number of epochs (an `int`: 1 is after the first one)
-        pairing=None, # Who is mixed with whom, such as `DifferentClass()`; `None` for a random other item of the batch
-        labels=None, # How the loss weighs the labels, such as `ReMix()`; `None` for as much as there is of each item
+        pairing=None, # Who is mixed with whom, such as `DifferentClass()`: called as `pairing(callback, n)`, returns the index of each item's partner, int64, shape (n,). `None` for a random other item of the batch
+        labels=None, # How the loss weighs the labels, such as `ReMix()`: called as `labels(callback)` after the forward pass, returns the weight of each item's own label, in [0, 1], shape (n,). `None` for as much as there is of each item
     ):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"
         self.alpha,self.p = check_dial('alpha', alpha),check_dial('p', p)
@@ -358,7 +358,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #1b9c26bd
+# %% ../nbs/05_callback.ipynb #2ab5fcd6
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()
@@ -366,7 +366,7 @@ class MixUpCallback(MixCallback):
 
 MixUp = MixUpCallback
 
-# %% ../nbs/05_callback.ipynb #925e5138
+# %% ../nbs/05_callback.ipynb #c4d5db01
 class AroundCallback(MixCallback):
     "Base of the callbacks that may mix by the method of another"
     def __init__(self,

@@ -10,7 +10,7 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #24f35073
+# %% ../nbs/09_masks.ipynb #2c412bdc
 from functools import cache
 
 import torch
@@ -23,7 +23,7 @@ from .callback import MixCallback, MixUpCallback
 from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #cd18717e
+# %% ../nbs/09_masks.ipynb #f50129d7
 class MaskPlan(Plan):
     "A plan in which each place of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
@@ -84,7 +84,7 @@ class MaskPlan(Plan):
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #104f5b0c
+# %% ../nbs/09_masks.ipynb #f2b54f63
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -106,6 +106,14 @@ def check_not_given(kwargs, instead):
 class MaskCallback(MixUpCallback):
     "Base of the callbacks that mix by a mask"
     needs_places = True
+
+    def pictures(self,
+        n:int, # Number of items
+    )->list: # Of tensors of shape (n, channels, *size), one to three dimensions of size
+        "The inputs of the running batch that are mixed and have places"
+        mixer = self.mixer or InputMixer(self.learn.model, self.learn.xb, self.inputs)
+        return [x for x,path in leaves(self.learn.xb) if mixer.rule(x, path, n) == 'blend' and x.is_floating_point() and 3 <= x.ndim <= 5]
+
     def uniform(self,
         plan:Plan, # For which batch
         *shape, # Of the draws for each item
@@ -117,7 +125,7 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #b9ae7271
+# %% ../nbs/09_masks.ipynb #b490b474
 def _edges(centre, side, n):
     "The first place of a box and the first one after it, along a side of `n` places"
     width = (side*n).round()
@@ -174,7 +182,7 @@ def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #97fcfd5d
+# %% ../nbs/09_masks.ipynb #57fa0b2d
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
@@ -228,7 +236,7 @@ class FMixCallback(MaskCallback):
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #47b3ee79
+# %% ../nbs/09_masks.ipynb #366d0d8e
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
     @delegates(MixCallback.__init__, but=['alpha', 'fold'])
@@ -254,7 +262,7 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #dab862a1
+# %% ../nbs/09_masks.ipynb #51b4cebd
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
     takes_alpha = False
@@ -280,7 +288,7 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #9de6b832
+# %% ../nbs/09_masks.ipynb #9799ea64
 def _on_a_line(centre, side):
     "The box of a signal as that of a picture one place high"
     return torch.stack([torch.full_like(centre[:,0], .5), centre[:,0]], 1),torch.cat([torch.ones_like(side), side], 1)
@@ -310,18 +318,20 @@ def shrink_into(
     return F.grid_sample(work, grid, mode=mode, padding_mode='border', align_corners=False).to(x.dtype)
 
 class ResizePlan(MaskPlan):
-    "A plan in which a box of each item shows its whole partner"
+    "A plan in which a box of each item shows its whole partner, or a box of it"
     def __init__(self,
         plan:Plan, # Who is mixed with whom
         centre:Tensor, # Of the box, as a share of each side, shape (n, 3)
         side:Tensor, # Of the box, as a share of each side, shape (n, 1)
+        source:tuple|None=None, # Centre and side of the partner's box, like those of the box; `None` for the whole partner
+        name:str='ResizeMix', # What needs the places, for messages
     ):
-        super().__init__(plan.lam, plan.perm, lambda size: box_mask(size, centre, side), 'ResizeMix')
-        self.centre,self.side = centre,side
+        super().__init__(plan.lam, plan.perm, lambda size: box_mask(size, centre, side), name)
+        self.centre,self.side,self.source = centre,side,source
 
     reshapes = True
     def cover(self, x, out=None, mode='bilinear'):
-        partner = shrink_into(self.partners(x), self.centre, self.side, mode)
+        partner = shrink_into(self.partners(x), self.centre, self.side, mode, self.source)
         return retain_type(torch.where(self.mask(x.shape[2:]).unsqueeze(1) > 0, x, partner), x)
 
     def cover_indices(self, y): return self.cover(y, mode='nearest')
@@ -344,7 +354,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #78f27920
+# %% ../nbs/09_masks.ipynb #5ff5d8e2
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):
@@ -375,8 +385,7 @@ class SaliencyMixCallback(CutMixCallback):
     what = 'SaliencyMix'
     def centre(self, plan):
         centre = super().centre(plan).clone()
-        mixer = self.mixer or InputMixer(self.learn.model, self.learn.xb, self.inputs)
-        pictures = [x for x,path in leaves(self.learn.xb) if mixer.rule(x, path, len(plan)) == 'blend' and x.is_floating_point() and 3 <= x.ndim <= 5]
+        pictures = self.pictures(len(plan))
         if pictures:
             salient = salient_centre(plan.partners(pictures[0]))
             centre[:,:salient.shape[1]] = salient
