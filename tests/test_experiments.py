@@ -52,7 +52,7 @@ def test_fashion(folder):
     with pytest.raises(SystemExit, match='--data must be a folder with the four files'): fashion.fashion('nowhere')
     (x,y),(x1,noisy) = (fashion.sample(data[0], 3, 200, noise=n) for n in (0., .4))
     assert torch.equal(x, x1) and .25 < (y != noisy).float().mean() < .47
-    one,again = (fashion.score(data, 'RandomMix', 0, n=200, epochs=1, augment=True, held_out=72) for _ in range(2))
+    one,again = (fashion.score(data, 'RandomMix', 0, n=200, epochs=1, noise=0., augment=True, held_out=72) for _ in range(2))
     assert one == again and set(one) == {'accuracy', 'nll', 'ece', 'train_accuracy'}
 
 def test_shift_and_flip():
