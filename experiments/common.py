@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
+from scipy.stats import t
 
 RESULTS = Path(__file__).parent/'results'
 
@@ -24,11 +25,13 @@ def class_scores(logits, y):
 
 
 class Table:
-    "Rows of a CSV file, one for each run; `done` knows which are there"
+    "Rows of a CSV file, one for each run; several processes can fill it"
     def __init__(self, name, folder=RESULTS):
         self.path = Path(folder)/f'{name}.csv'
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = list(csv.DictReader(self.path.open())) if self.path.exists() else []
+
+    @property
+    def rows(self): return list(csv.DictReader(self.path.open())) if self.path.exists() else []
 
     def done(self, **key): return any(all(r[k] == str(v) for k,v in key.items()) for r in self.rows)
 
@@ -39,13 +42,12 @@ class Table:
             writer = csv.DictWriter(f, row)
             if new: writer.writeheader()
             writer.writerow(row)
-        self.rows.append(row)
 
 
 def run_all(table, jobs, run):
     "Run each of `jobs`, (key, arguments of `run`), that is not in `table` yet; `run` returns the scores"
-    todo = [job for job in jobs if not table.done(**job[0])]
-    for key,args in progress_bar(todo):
+    for key,args in progress_bar(jobs):
+        if table.done(**key): continue
         start = perf_counter()
         scores = run(*args)
         table.add(**key, **scores, seconds=perf_counter()-start)
@@ -65,9 +67,9 @@ def paired(rows, name, base, by, score):
 
 
 def is_clear(differences):
-    "Is the mean difference more than two standard errors away from 0, with at least three seeds?"
+    "Does the 95% interval of the mean, by Student's t, leave out 0?"
     n = len(differences)
-    return n > 2 and abs(differences.mean()) > 2*differences.std(ddof=1)/n**.5
+    return n > 2 and abs(differences.mean()) > t.ppf(.975, n-1)*differences.std(ddof=1)/n**.5
 
 
 def report(rows, by='method', base='none', scores=('accuracy', 'nll', 'ece'), digits=3):
@@ -83,4 +85,4 @@ def report(rows, by='method', base='none', scores=('accuracy', 'nll', 'ece'), di
             sd = d.std(ddof=1) if len(d) > 1 else 0
             line += f"{f'{d.mean():+.2f} ± {sd:.2f}':>17}{'*' if is_clear(d) else ' '}{f'{(d > 0).sum()} of {len(d)}':>12}"
         lines.append(line.rstrip())
-    return '\n'.join([*lines, '', '* more than two standard errors of the paired difference away from 0'])
+    return '\n'.join([*lines, '', '* the 95% interval of the mean paired gain leaves out 0'])

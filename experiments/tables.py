@@ -138,7 +138,7 @@ def summary(rows):
             d = sign*paired(mine, m, 'none', 'method', 'test')
             lines.append(f"  {m:24}{d.mean():>+9.3f} ± {d.std(ddof=1):<7.3f}{'*' if is_clear(d) else ' '} {'chosen' if m == chosen else ''}".rstrip())
         if chosen == 'none': lines.append('  chosen: none')
-    return '\n'.join([*lines, '', 'Gains are better scores, paired by seed; * more than two standard errors away from 0'])
+    return '\n'.join([*lines, '', 'Gains are better scores, paired by seed; * their 95% interval leaves out 0'])
 
 
 @call_parse

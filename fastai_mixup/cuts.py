@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #0b5f06ba
+# %% ../nbs/07_cuts.ipynb #422e4e5d
 import random
 import weakref
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from .core import leaves, map_leaves
 from .indices import MixedIndex
 from .inputs import InputMixer
 
-# %% ../nbs/07_cuts.ipynb #bd838eed
+# %% ../nbs/07_cuts.ipynb #ca9037b0
 def _items(v): return dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None
 def _snapshot(module): return {k: (v, _items(v)) for k,v in module.__dict__.items()}
 
@@ -40,11 +40,13 @@ def _put_back(module, snapshot):
         elif isinstance(v, list): v[:] = items
     _reset(module.__dict__, {k: v for k,(v,_) in snapshot.items()})
 
+def _is_sharded(module): return hasattr(module, 'unshard') and hasattr(module, 'reshard') # FSDP2
+
 @contextmanager
 def untouched(
     model:nn.Module, # Any model
 ):
-    "Put the buffers, the attributes of all modules and the random streams back after the block, whatever happens in it; no rank waits for another in it"
+    "Put the buffers, the attributes of all modules and the random streams back after the block, whatever happens in it; no BatchNorm waits for other ranks in it"
     attributes = [(m, _snapshot(m)) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     python,numpy,devices = random.getstate(),np.random.get_state(),[p.device for p in model.parameters() if p.device.type == 'cuda'][:1]
@@ -53,13 +55,15 @@ def untouched(
     try:
         with torch.random.fork_rng(devices=devices): yield
     finally:
+        for m in model.modules():
+            if _is_sharded(m): m.reshard() # or it would take what is put back for gathered parameters
         for m,s in attributes: _put_back(m, s)
         with torch.no_grad():
             for b,old in buffers: b.copy_(old)
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/07_cuts.ipynb #f8a81b9d
+# %% ../nbs/07_cuts.ipynb #b0efa859
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -176,7 +180,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #52ad0dc6
+# %% ../nbs/07_cuts.ipynb #b4b9b724
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -245,7 +249,7 @@ def find_cuts(
         cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, n_layers < 2 and first[0].looks_up))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #4f62bf12
+# %% ../nbs/07_cuts.ipynb #8ae41744
 def _copy(o, _): return o.clone() if isinstance(o, Tensor) else o
 def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
 
@@ -293,7 +297,7 @@ def knows_nothing_else(
             if n == size: raise
         else: return all(map(_same, a, b))
 
-# %% ../nbs/07_cuts.ipynb #b2956279
+# %% ../nbs/07_cuts.ipynb #f3b6521c
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)

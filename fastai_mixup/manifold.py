@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #ffc18af2
+# %% ../nbs/08_manifold.ipynb #742c5e98
 import random
 import sys
 import threading
@@ -27,11 +27,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from .callback import AroundCallback, MixCallback
 from .core import Plan, check_choice, leaves, map_leaves, private_generator
-from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
+from .cuts import Cut, _is_sharded, choose_cuts, find_cuts, knows_nothing_else
 from .inputs import InputMixer, is_compiled, unwrapped
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #791898f8
+# %% ../nbs/08_manifold.ipynb #f9b66058
 _CALL = nn.Module._call_impl.__code__
 
 def _frames():
@@ -109,7 +109,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #d5116140
+# %% ../nbs/08_manifold.ipynb #a8b0f3fd
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -158,7 +158,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #272efa6b
+# %% ../nbs/08_manifold.ipynb #97188a04
 class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['alpha'])
@@ -197,6 +197,7 @@ class ManifoldMixUpCallback(AroundCallback):
     def before_batch(self):
         "Toss for the place, mixed or not: so the ranks of a distributed run agree on it, even if they mix different batches"
         if self.generator is None: self.toss = self._toss()
+        if self._waits_for_ranks(): self._find_places(self.learn.xb, self._items()[0])
         super().before_batch()
 
     def mix(self):
@@ -271,6 +272,10 @@ class ManifoldMixUpCallback(AroundCallback):
         if (self.method or self).needs_places: what += f" and whose output has places for {self.method or self!r} (layers for signals have to be named by `layers=`)"
         if not self.include_input: raise ValueError(f"{what}. Use `MixUp`, or layers='output'.")
         warn(f"{what}: ManifoldMixUp mixes at its input only, as `MixUp` does.")
+
+    def _waits_for_ranks(self):
+        "Must all ranks look for places now, since each holds a part of the parameters (FSDP), though one may not mix this batch?"
+        return self.places is None and any(map(_is_sharded, self.learn.model.modules())) and not self.off() and self.now('p') > 0
 
     def _ensure_places(self):
         if self.places is not None: return

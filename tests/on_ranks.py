@@ -1,7 +1,6 @@
 "What the tests of distributed training run on each rank: `python on_ranks.py RANKS FOLDER PART`; each rank writes down what it saw."
 import os
 import sys
-from copy import deepcopy
 from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
@@ -15,6 +14,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, Recorder, SGD, nn, set_seed
 from fastai.callback.progress import ProgressCallback
 from fastai.distributed import DistributedDL
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.module import _global_forward_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,25 +48,33 @@ def rows(**kwargs): return Net(nn.Linear(N, C), **kwargs)
 def pictures(**kwargs): return Net(nn.Sequential(nn.Conv2d(N, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, C)), **kwargs)
 def normed(**kwargs): return Net(nn.Sequential(nn.Conv2d(N, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, C)), **kwargs)
 
+def sharded():
+    "Of which each rank holds a part: FSDP2"
+    net,mesh = rows(),init_device_mesh('cpu', (dist.get_world_size(),))
+    for part in net.blocks[1],net.head,net: fully_shard(part, mesh=mesh)
+    return net
+
 def transformer(**kwargs):
     from timm.models.vision_transformer import VisionTransformer
     return Net(VisionTransformer(SIDE, 4, N, C, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2.), **kwargs)
 
 def inner(model): return getattr(model, 'module', model)
-def grads(model): return {name: p.grad.clone() for name,p in inner(model).named_parameters() if p.grad is not None}
+def whole(o): return o.full_tensor() if hasattr(o, 'full_tensor') else o.clone()
+def state(model): return {k: whole(v) for k,v in model.state_dict().items()}
+def grads(model): return {name: whole(p.grad) for name,p in inner(model).named_parameters() if p.grad is not None}
 
 class Witness(Callback):
     "Writes down each training batch from outside"
     order,run_valid = 5,False
     def __init__(self, lists=None): self.lists = lists
     def before_fit(self): self.pages = []
-    def before_batch(self): self.batch = [o.clone() for o in (self.x, self.y)]
+    def before_batch(self): self.batch,self.before = [o.clone() for o in (self.x, self.y)],state(inner(self.model))
 
     def after_loss(self):
         net,cb = inner(self.model),next((cb for cb in self.learn.cbs if hasattr(cb, 'plan')), None)
         plan,place = cb and cb.plan,getattr(cb, 'place', None)
         self.pages.append(SimpleNamespace(
-            batch=self.batch, ids=own_ids(self.batch[0]), M=net.M.clone(), head=deepcopy(net.head).state_dict(), pred=self.learn.pred.detach().clone(),
+            batch=self.batch, ids=own_ids(self.batch[0]), M=net.M.clone(), head={k.removeprefix('head.'): v for k,v in self.before.items() if k.startswith('head.')}, pred=self.learn.pred.detach().clone(),
             loss=self.learn.loss.clone(), weights=plan and plan.label_weights if plan and plan.told is not None else None, place=getattr(place, 'name', place), mixed=plan is not None))
 
     def after_backward(self): self.pages[-1].grads = grads(self.model)
@@ -92,7 +101,7 @@ def remains(learn):
     return SimpleNamespace(kind=type(learn.model).__name__, hooks=len(_global_forward_hooks), loaders=[type(dl).__name__ for dl in learn.dls.loaders], M=learn.model.M,
                            forwards=[n for n,m in learn.model.named_modules() if 'forward' in vars(m)], cb=[getattr(cb, 'plan', None) for cb in learn.cbs])
 
-def told(learn): return SimpleNamespace(pages=learn.witness.pages, params={k: v.clone() for k,v in learn.model.state_dict().items()}, after=remains(learn), values=list(getattr(getattr(learn, 'recorder', None), 'values', [])))
+def told(learn): return SimpleNamespace(pages=learn.witness.pages, params=state(learn.model), after=remains(learn), values=list(getattr(getattr(learn, 'recorder', None), 'values', [])))
 
 def fit(mix, net=rows, seed=0, epochs=2, lr=.1, sync_bn=False, metrics=None, **ddp):
     "Train as users do, by `distrib_ctx`; what is in `ddp` goes to DistributedDataParallel"
@@ -108,7 +117,7 @@ def fit_lists(mix, sizes, net=rows, seed=0, lr=.1, x=ROWS, **ddp):
     "Train on batches of `sizes[rank]`"
     set_seed(seed)
     batches = [(x[i], Y[i]) for i in (torch.arange(N).roll(-7*dist.get_rank())[:sum(sizes[dist.get_rank()])].split(sizes[dist.get_rank()]))]
-    learn = learner(DataLoaders(batches, []), net(), [mix, Wrapped(**ddp)], lr)
+    learn = learner(DataLoaders(batches, []), net(), [mix, *[Wrapped(**ddp)]*(net is not sharded)], lr)
     with learn.no_logging(): learn.fit(1)
     return told(learn)
 
@@ -184,6 +193,10 @@ CASES = dict(
     across_snapmix=lambda: fit(SnapMix(pairing=AcrossRanks()), pictures), across_regmixup=lambda: fit(RegMixUp(method=MixUp(1., pairing=AcrossRanks()))),
     across_uneven=lambda: fit_lists(MixUp(1., pairing=AcrossRanks()), [[4, 3, 1, 2], [4, 2, 4, 1]]), across_ones=lambda: fit_lists(MixUp(1., pairing=AcrossRanks()), [[1]*5]*2),
     across_shapes=lambda: error(lambda: fit_lists(MixUp(1., pairing=AcrossRanks()), [[4]]*2, x=[ROWS, ROWS[...,None]][dist.get_rank()])))
+EVEN,UNEVEN = [[4, 3, 4, 2, 4]]*2,[[1, 3, 4, 3, 4], [4, 3, 1, 3, 4]]
+SHARDED = dict(inputs=lambda: fit_lists(MixUp(1.), EVEN, net=sharded), hidden=lambda: fit_lists(ManifoldMixUp(1., **PLACES), EVEN, net=sharded),
+    some=lambda: fit_lists(ManifoldMixUp(1., p=.5, **PLACES), UNEVEN, net=sharded),
+    found=lambda: fit_lists(ManifoldMixUp(1., p=.6, include_input=False), UNEVEN, net=sharded))
 FOUR = 'inputs', 'hidden', 'some', 'beside_random', 'across', 'uneven4'
 CASES['uneven4'] = lambda: fit_lists(MixUp(1., pairing=AcrossRanks()), [[4, 3], [4, 1], [2, 2], [3, 4]])
 
@@ -197,11 +210,11 @@ def broadcast(self, t, rank):
     dist.broadcast(t, rank)
     return t.tolist()
 
-def run(names):
+def run(cases):
     res = {}
-    for name in names:
+    for name,case in cases.items():
         dist.barrier()
-        res[name] = CASES[name]()
+        res[name] = case()
     return res
 
 def survive(mix):
@@ -211,12 +224,12 @@ def survive(mix):
     learn = learner(DataLoaders(dl, dl, device='cpu'), rows(), [mix, Dies()], .1)
     with learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True): return error(lambda: learn.fit(2))
 
-PARTS = dict(two=lambda: run([n for n in CASES if n != 'uneven4']), four=lambda: run(FOUR), **{f'dies_{k}': (lambda cb=cb: survive(cb())) for k,cb in dict(
+PARTS = dict(two=lambda: run({n: c for n,c in CASES.items() if n != 'uneven4'}), four=lambda: run({n: CASES[n] for n in FOUR}), sharded=lambda: run(SHARDED), **{f'dies_{k}': (lambda cb=cb: survive(cb())) for k,cb in dict(
     hidden=ManifoldMixUp, across=lambda: MixUp(pairing=AcrossRanks())).items()})
 
 def be(rank, world, folder, part):
     os.environ.update({'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '0'})
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world, timeout=timedelta(seconds=20 if part.startswith('dies') else 120))
     torch.save(PARTS[part](), f'{folder}/{rank}')
 
 if __name__ == '__main__':

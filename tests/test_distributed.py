@@ -226,6 +226,25 @@ def test_a_rank_that_dies(mix, tmp_path):
     survivor,dead = launch(2, tmp_path, f'dies_{mix}', code=1)
     assert dead is None and 'Error' in survivor and perf_counter()-start < 60
 
+# FSDP2: each rank holds a part of the parameters
+
+@pytest.fixture(scope='module')
+def sharded(tmp_path_factory): return launch(2, tmp_path_factory.mktemp('sharded'), 'sharded')
+
+@pytest.mark.parametrize('name', ('inputs', 'hidden', 'some', 'found'))
+def test_sharded_parameters(sharded, name):
+    for pages in steps(sharded, name): check_step(pages)
+    a,b = of(sharded, name)
+    assert any(not torch.equal(p.M, ROWS[p.ids]) for p in a.pages) and a.after.kind == 'FSDPNet' and a.after.hooks == 0
+    close(a.after.M, torch.eye(N))
+    for k in a.params: assert torch.equal(a.params[k], b.params[k]), k
+
+@pytest.mark.parametrize('name', ('hidden', 'some', 'found'))
+def test_ranks_agree_on_the_place_of_sharded_parameters(sharded, name):
+    both = [pages for pages in steps(sharded, name) if all(p.mixed for p in pages)]
+    assert both and all(a.place == b.place for a,b in both)
+    if name != 'hidden': assert [p.mixed for p in sharded[0][name].pages] != [p.mixed for p in sharded[1][name].pages]
+
 # DataParallel: replicas and the parts of a batch that they see, without GPUs
 
 class Replicas(nn.DataParallel):

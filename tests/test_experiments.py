@@ -30,7 +30,7 @@ def test_a_stopped_run_goes_on(tmp_path):
 def test_statistics():
     rows = [dict(method=m, seed=str(s), accuracy=str(a)) for m,accs in (('none', (1, 2, 3)), ('x', (3, 3, 5))) for s,a in enumerate(accs)]
     d = common.paired(rows, 'x', 'none', 'method', 'accuracy')
-    assert d.tolist() == [2, 1, 2] and common.is_clear(d) and not common.is_clear(np.array([1., -1, 2])) and not common.is_clear(d[:2])
+    assert d.tolist() == [2, 1, 2] and common.is_clear(d) and not common.is_clear(np.array([1., -1, 2])) and not common.is_clear(np.array([1., 2, 3])) and not common.is_clear(d[:2])
     assert '+1.67 ± 0.58*' in common.report(rows, scores=['accuracy'])
 
 def test_calibration_error():

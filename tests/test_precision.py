@@ -1,0 +1,170 @@
+"Other precisions, layouts and ways to run: what is mixed, and what it costs the model, are those of plain float32."
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, Recorder, SGD, nn
+from fastai.callback import fp16
+from fastai.callback.all import ChannelsLast, GradientAccumulation, MixedPrecision
+from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet18
+
+from apps import close, quiet
+from fastai_mixup.all import CutMix, LabelSmoothingCE, ManifoldMixUp, MixUp, PuzzleMix
+
+BS,N,CLASSES = 6,4,3
+Y = torch.arange(BS*N).view(N, BS) % CLASSES
+
+class Through(Callback):
+    "Keeps how each batch was mixed, what the model said and the loss; the model stays as it is"
+    order,run_valid = 90,False
+    def __init__(self): self.pages = []
+    def after_loss(self):
+        plan = next(cb.plan for cb in self.learn.cbs if hasattr(cb, 'plan'))
+        self.pages.append(SimpleNamespace(lam=plan.lam, index=plan.index, pred=self.learn.pred.detach(), loss=self.learn.loss.detach(), y=self.learn.yb[0], xb=self.learn.xb))
+    def after_backward(self): self.pages[-1].grads = [p.grad.float().clone() for p in self.model.parameters() if p.grad is not None]
+
+class Checkpointed(nn.Module):
+    "Runs each part a second time in the backward pass"
+    def __init__(self, parts, again=True):
+        super().__init__()
+        self.parts,self.again = parts,again
+    def forward(self, x):
+        for part in self.parts: x = checkpoint(part, x, use_reentrant=False) if self.again else part(x)
+        return x
+
+def picture_net():
+    "A small residual network, without dropout; statistics of its own"
+    net = resnet18(num_classes=CLASSES)
+    net.layer3,net.layer4,net.fc = nn.Identity(),nn.Identity(),nn.Linear(128, CLASSES)
+    return net
+
+def pictures(): return torch.randn(N, BS, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def words(): return torch.randint(1, 20, (N, BS, 9), generator=torch.Generator().manual_seed(1))
+KINDS = dict(
+    inputs=(lambda: MixUp(1.), picture_net, pictures), boxes=(CutMix, picture_net, pictures), blocks=(PuzzleMix, picture_net, pictures),
+    hidden=(lambda: ManifoldMixUp(1.), picture_net, pictures),
+    embedded=(lambda: MixUp(1.), lambda: nn.Sequential(nn.Embedding(20, 16), nn.Flatten(), nn.Linear(9*16, 16), nn.ReLU(), nn.Linear(16, CLASSES)), words))
+each_net = pytest.mark.parametrize('kind', KINDS)
+
+def fit(kind, *cbs, change=lambda net: net, dtype=None, layout=None, loss_func=None, lr=0., **kwargs):
+    mix,net,data = KINDS[kind]
+    torch.manual_seed(0)
+    net,x = change(net()),[*data()]
+    if dtype: net,x = net.to(dtype),[o.to(dtype) if o.is_floating_point() else o for o in x]
+    if layout: x = [o.to(memory_format=layout) for o in x]
+    dls = DataLoaders(list(zip(x, Y)), [], device='cpu')
+    learn = quiet(Learner(dls, net, CrossEntropyLossFlat() if loss_func is None else loss_func, SGD, lr=lr, cbs=[mix(), watch := Through(), *cbs], **kwargs))
+    if dtype == torch.bfloat16: learn.remove_cb(Recorder) # which smooths losses in float32
+    learn.fit(1)
+    assert not _global_forward_hooks
+    return watch.pages,net
+
+def loss_of(page):
+    "The mixed cross-entropy, written out in double precision"
+    logp = page.pred.double().log_softmax(1)
+    def ce(y): return -logp[range(len(y)), y]
+    return (page.lam*ce(page.y) + (1-page.lam)*ce(page.y[page.index])).mean()
+
+def apart(a, b):
+    "How far two lists of gradients are from each other, in units of the first"
+    a,b = (torch.cat([o.double().flatten() for o in grads]) for grads in (a, b))
+    return ((a-b).norm()/a.norm()).item()
+
+def check_against(plain, pages, tol, same=True):
+    "The same partners and weights as in `plain`, a loss that follows from them, and predictions and gradients that are as close as the precision allows"
+    assert len(plain) == len(pages) == N
+    for a,b in zip(plain, pages):
+        assert torch.equal(a.lam, b.lam) and torch.equal(a.index, b.index) and (b.lam < 1).any()
+        close(b.loss.float(), loss_of(b), 1e-5 if b.pred.dtype == torch.float32 else tol)
+        if same:
+            close(a.pred, b.pred.float(), tol)
+            assert apart(a.grads, b.grads) < 3*tol
+
+@pytest.fixture(scope='module')
+def plain(): return {kind: fit(kind)[0] for kind in KINDS}
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    "fastai's `MixedPrecision` asks for CUDA by name"
+    monkeypatch.setattr(fp16, 'autocast', lambda device,dtype: torch.autocast('cpu', dtype))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda device,**kwargs: torch.amp.GradScaler('cpu', **kwargs))
+
+@each_net
+def test_channels_last(kind, plain):
+    if kind == 'embedded': pytest.skip('words have no channels')
+    pages,net = fit(kind, ChannelsLast(), layout=torch.channels_last)
+    check_against(plain[kind], pages, 1e-2)
+    for p in pages: assert p.xb[0].is_contiguous(memory_format=torch.channels_last)
+
+@each_net
+@pytest.mark.parametrize('mode', ['bf16', 'fp16'])
+def test_mixed_precision(mode, kind, plain, on_cpu):
+    pages,net = fit(kind, MixedPrecision(mode, init_scale=1.))
+    check_against(plain[kind], pages, .1, same=kind != 'blocks') # whose mask is decided by rounded gradients
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+@each_net
+@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, .1), (torch.float64, 1e-2)], ids=['bfloat16', 'float64'])
+def test_models_of_another_dtype(dtype, tol, kind, plain):
+    pages,net = fit(kind, dtype=dtype)
+    check_against(plain[kind], pages, tol, same=kind != 'blocks' or dtype == torch.float64)
+    for p in pages:
+        assert p.pred.dtype == dtype and p.loss.dtype == CrossEntropyLossFlat()(p.pred, p.y).dtype
+        if kind != 'embedded': assert p.xb[0].dtype == dtype
+
+@each_net
+def test_accumulated_gradients(kind, plain):
+    pages,_ = fit(kind, GradientAccumulation(BS*N))
+    sums = [sum(g) for g in zip(*(p.grads for p in plain[kind]))]
+    assert apart([o/N for o in sums], pages[-1].grads) < 1e-4
+
+@each_net
+def test_checkpointing(kind, plain):
+    "What is run again in the backward pass is mixed again, in the same way"
+    def parts(net):
+        if not hasattr(net, 'fc'): return net
+        *stem,one,two,_,_,pool,head = net.children()
+        return nn.Sequential(nn.Sequential(*stem), one, two, nn.Sequential(pool, nn.Flatten(), head))
+    again,once = (fit(kind, change=lambda net: Checkpointed(parts(net), on))[0] for on in (True, False))
+    for a,b in zip(once, again, strict=True):
+        close(b.loss.float(), loss_of(b), 1e-5)
+        close(a.pred, b.pred)
+        assert apart(a.grads, b.grads) < 1e-4 and torch.equal(a.lam, b.lam)
+
+@each_net
+def test_gradient_scaler(kind, on_cpu):
+    "A step that overflows is skipped, and the next batches are mixed as before"
+    pages,net = fit(kind, precision := MixedPrecision('fp16', init_scale=2.**40, backoff_factor=2.**-36), lr=1e-3)
+    assert not all(o.isfinite().all() for o in pages[0].grads) and all(o.isfinite().all() for o in pages[-1].grads)
+    assert len(pages) == N and all(p.isfinite().all() for p in net.parameters())
+    for p in pages: close(p.loss.float(), loss_of(p), 6e-2)
+
+def in_place(loss, **kwargs):
+    loss.compile(**kwargs)
+    return loss
+
+LOSSES = dict(ce=nn.CrossEntropyLoss, function=lambda: F.cross_entropy, smoothed=partial(LabelSmoothingCE, .1), weighted=partial(nn.CrossEntropyLoss, weight=torch.tensor([1., 2, 3])),
+              summed=partial(nn.CrossEntropyLoss, reduction='sum'), margin=nn.MultiMarginLoss)
+
+@pytest.mark.parametrize('compiled', [torch.compile, in_place], ids=['wrapped', 'in place'])
+@pytest.mark.parametrize('name', LOSSES)
+def test_compiled_loss(name, compiled):
+    if name == 'function' and compiled is in_place: pytest.skip('functions are wrapped')
+    torch._dynamo.reset()
+    plain,_ = fit('embedded', loss_func=LOSSES[name]())
+    pages,_ = fit('embedded', loss_func=(loss := compiled(LOSSES[name](), backend='eager')))
+    assert getattr(loss, 'reduction', None) == getattr(LOSSES[name](), 'reduction', None)
+    for a,b in zip(plain, pages, strict=True):
+        assert torch.equal(a.lam, b.lam) and len(a.lam.unique()) > 1
+        close(a.loss, b.loss, 1e-5)
+        assert apart(a.grads, b.grads) < 1e-5
+
+@pytest.mark.parametrize('kind', ['inputs', 'boxes'])
+def test_compiled_model(kind, plain):
+    torch._dynamo.reset()
+    pages,_ = fit(kind, change=partial(torch.compile, backend='aot_eager'))
+    check_against(plain[kind], pages, 1e-2)
