@@ -24,6 +24,9 @@ def class_scores(logits, y):
     return dict(accuracy=(logits.argmax(1) == y).float().mean().item()*100, nll=F.cross_entropy(logits, y).item(), ece=calibration_error(logits.softmax(1), y))
 
 
+def text(value): return f'{value:.6g}' if isinstance(value, float) else str(value)
+
+
 class Table:
     "Rows of a CSV file, one for each run; several processes can fill it"
     def __init__(self, name, folder=RESULTS):
@@ -33,10 +36,10 @@ class Table:
     @property
     def rows(self): return list(csv.DictReader(self.path.open())) if self.path.exists() else []
 
-    def done(self, **key): return any(all(r[k] == str(v) for k,v in key.items()) for r in self.rows)
+    def done(self, **key): return any(all(r[k] == text(v) for k,v in key.items()) for r in self.rows)
 
     def add(self, **row):
-        row = {k: f'{v:.6g}' if isinstance(v, float) else str(v) for k,v in row.items()}
+        row = {k: text(v) for k,v in row.items()}
         new = not self.path.exists()
         with self.path.open('a', newline='') as f:
             writer = csv.DictWriter(f, row)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, Table, class_scores, report, run_all
+from common import RESULTS, Table, class_scores, report, run_all, text
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 from fastai.callback.mixup import CutMix as FastaiCutMix, MixUp as FastaiMixUp
 from fastai.callback.schedule import SchedLin
@@ -132,7 +132,7 @@ DEFAULTS = dict(n=2000, epochs=40, noise=0., augment=False, held_out=0)
 
 def rows_of(rows, **setting):
     "Those trained with `setting`, or the defaults"
-    return [r for r in rows if all(r[k] == str(v) for k,v in (DEFAULTS | setting).items())]
+    return [r for r in rows if all(r[k] == text(v) for k,v in (DEFAULTS | setting).items())]
 
 
 def score(data, method, seed, n, epochs, noise, augment, held_out):

@@ -16,7 +16,7 @@ import tables
 torch.set_num_threads(1)
 
 def test_a_stopped_run_goes_on(tmp_path):
-    ran,jobs = [],[(dict(method=m, seed=s), (m, s)) for s in range(2) for m in 'ab']
+    ran,jobs = [],[(dict(method=m, seed=s, noise=0.), (m, s)) for s in range(2) for m in 'ab']
     def run(m, s, stop=None):
         if (m, s) == stop: raise KeyboardInterrupt
         ran.append((m, s))
