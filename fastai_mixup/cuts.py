@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 
 from .core import leaves, map_leaves
 from .indices import MixedIndex
@@ -95,6 +96,12 @@ def _hang(xb, n, mixer):
         if rule == 'blend': return source.hang(Tensor.as_subclass(x, Tensor))
         return _Hung.start(x, source) if rule == 'embed' else x
     return map_leaves(hang, xb),source
+
+class _MayAsk(TorchFunctionMode):
+    "Setting `requires_grad` of what hangs on the source does nothing, and is no error"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == Tensor.requires_grad.__set__ and not args[0].is_leaf: return
+        return func(*args, **(kwargs or {}))
 
 @dataclass
 class Call:
@@ -213,7 +220,7 @@ def _batch_dims(few, more, n, m):
 
 def _trace(model, xb, size, n, mixer):
     xb,source = _hang(_rows(xb, size, n), n, mixer)
-    with _watching(model) as calls: pred = model(*xb)
+    with _watching(model) as calls, _MayAsk(): pred = model(*xb)
     return calls,PathCounts(pred, source.zero)
 
 def _probe(model, xb, size, mixer):

@@ -7,8 +7,9 @@ from fastai.basics import Callback, Tensor, nn, noop
 from fastai.callback.progress import ProgressCallback
 from fastai.text.models.awdlstm import EmbeddingDropout
 
-from fastai_mixup.core import leaves
+from fastai_mixup.core import leaves, map_leaves
 from fastai_mixup.cuts import untouched
+from fastai_mixup.manifold import ManifoldMixUp
 
 torch.set_num_threads(1)
 
@@ -27,9 +28,9 @@ def mixing_matrix(mixed, own, tol=1e-3):
     lam = ((moved*gap).sum(-1) / gap.square().sum(-1)).nan_to_num(1.)
     err = (moved - lam[...,None]*gap).norm(dim=-1).fill_diagonal_(torch.inf)
     miss,partner = err.min(1)
-    assert (miss < tol*own.norm(dim=1).max()).all(), miss
+    assert (miss < tol*gap.norm(dim=-1).amax(1)).all(), f'no row is the average of two: {miss.tolist()}'
     lam = lam.gather(1, partner[:,None])
-    assert (lam > .5-tol).all() and (lam < 1+tol).all(), lam
+    assert (lam > .5-tol).all() and (lam < 1+tol).all(), f'shares outside of [1/2, 1]: {lam.flatten().tolist()}'
     return torch.diag_embed(lam[:,0]).scatter_add(1, partner[:,None], 1-lam)
 
 def mixed_ce(ignore_index=-100):
@@ -49,7 +50,7 @@ def _tap(model, names, seen):
     "Keep what the layers called `names` receive, or what they return if they are embeddings"
     for module in map(model.get_submodule, names):
         if isinstance(module, (nn.Embedding, EmbeddingDropout)): yield module.register_forward_hook(lambda m,i,o: seen.extend(floats(o)))
-        else: yield module.register_forward_pre_hook(lambda m,i: seen.extend(floats(i[0])))
+        else: yield module.register_forward_pre_hook(lambda m,i: seen.extend(floats(i)))
 
 def _keep(forward, seen):
     "`forward`, keeping what it returns before any hook sees it"
@@ -64,6 +65,10 @@ class Before(Callback):
     order = 7
     def before_batch(self):
         self.learn.unmixed = b = SimpleNamespace(xb=self.xb, yb=tuple(map(plain, self.yb)), n=len(self.y), training=self.training, own=[])
+        if self.learn.spy.taps == ['']: b.own = floats(b.xb)
+        else: self._look(b)
+
+    def _look(self, b):
         with untouched(self.model), torch.no_grad():
             list(_tap(self.model.eval(), self.learn.spy.taps, b.own))
             self.model(*b.xb)
@@ -78,23 +83,33 @@ class Spy(Callback):
         b.seen,b.before,b.after = [],{},{}
         self.batches.append(b)
         self.handles = list(_tap(self.model, self.taps, b.seen))
-        cb = getattr(self.learn, 'manifold_mix_up', None)
+        cb = next((cb for cb in self.learn.cbs if isinstance(cb, ManifoldMixUp)), None)
         self.wrapped = cb.layers if cb and self.training else []
         for layer in self.wrapped:
             b.before[layer],b.after[layer] = [],[]
             layer.forward = _keep(layer.forward, b.before[layer])
             self.handles.append(layer.register_forward_hook(lambda m,i,o: b.after[m].extend(floats(o))))
 
-    def after_pred(self): self.batches[-1].pred = plain(self.pred)
+    def after_pred(self): self.batches[-1].pred = map_leaves(lambda o,_: plain(o) if isinstance(o, Tensor) else o, self.pred)
 
     def after_loss(self):
         self.batches[-1].loss = plain(self.learn.loss)
         for h in self.handles: h.remove()
         for layer in self.wrapped: del layer.forward
 
+def _rows_first(o, n):
+    "`o` with its `n` items along the first dimension; `None` if it has them along none, or several"
+    dims = [d for d,size in enumerate(o.shape) if size == n]
+    return o if dims[:1] == [0] else o.movedim(dims[0], 0) if len(dims) == 1 else None
+
 def places(b):
     "What each place held before mixing, and after it"
-    whole = lambda os: [o for o in os if len(o) == b.n]
+    whole = lambda os: [r for o in os for r in [_rows_first(o, b.n)] if r is not None]
     return {'input': (whole(b.own), whole(b.seen)), **{m: (whole(b.before[m]), whole(b.after[m])) for m in b.before}}
 
 def was_mixed(place): return not all(torch.allclose(a, b, atol=1e-6) for a,b in zip(*place, strict=True))
+
+def matrix(b):
+    "How a batch was mixed, and where"
+    (place,(own,mixed)), = [o for o in places(b).items() if was_mixed(o[1])]
+    return place,mixing_matrix(mixed, own)

@@ -96,6 +96,16 @@ class InPlace(nn.Sequential):
         for block in self: x = block(x).mul_(2).add_(1)
         return x
 
+class AsksGradient(nn.Module):
+    "Wants the gradient of its input in training, as Wav2Vec2 does"
+    def __init__(self):
+        super().__init__()
+        self.body,self.head = nn.Sequential(*blocks()),nn.Linear(8, 3)
+    def forward(self, x):
+        x = x[:,None]
+        if self.training: x.requires_grad = True
+        return self.head(self.body(x)[:,0])
+
 class OneHot(nn.Sequential):
     def forward(self, x): return super().forward(nn.functional.one_hot(x, 40).float().flatten(1))
 
@@ -129,7 +139,7 @@ NETS = dict(
     encoder=(partial(Encoder, True), tokens), encoder_steps_first=(partial(Encoder, False), tokens),
     gru=(partial(Recurrent, nn.GRU), tokens), lstm=(partial(Recurrent, nn.LSTM), tokens), packed=(partial(Packed, nn.LSTM), tokens),
     seq2seq=(Seq2Seq, tokens), one_hot=(lambda: OneHot(nn.Linear(360, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)), tokens),
-    in_place=(lambda: InPlace(*blocks(), nn.Linear(8, 3)), vectors), dicts=(DictNet, vectors), twins=(Twins, vectors), tied=(Tied, tokens), checkpointed=(lambda: Checkpointed(*blocks(), nn.Linear(8, 3)), vectors),
+    in_place=(lambda: InPlace(*blocks(), nn.Linear(8, 3)), vectors), dicts=(DictNet, vectors), asks_gradient=(AsksGradient, vectors), twins=(Twins, vectors), tied=(Tied, tokens), checkpointed=(lambda: Checkpointed(*blocks(), nn.Linear(8, 3)), vectors),
     frozen=(lambda: frozen(classifier(tv.resnet18)), images),
     frozen_table=(lambda: frozen(TabularModel([(40, 4)], 8, 2, [20, 10])), lambda: (*tokens(1), *vectors())))
 

@@ -17,7 +17,7 @@ from fastai.vision.all import Normalize as NormalizeImages
 from PIL import Image
 
 from fastai_mixup.all import LabelSmoothingCE, ManifoldMixUp, MixUp
-from apps import Before, Spy, close, mixed_ce, mixed_targets, mixed_tokens, mixing_matrix, places, plain, quiet, was_mixed
+from apps import Before, Spy, close, matrix, mixed_ce, mixed_targets, mixed_tokens, places, plain, quiet, was_mixed
 from nets import Seq2Seq
 
 N,BS,TRAIN = 30,5,25
@@ -191,11 +191,6 @@ def fitted(request, tmp_path_factory):
         if name == NO_HIDDEN: warnings.filterwarnings('ignore', '.*mixes at its input only')
         app.batches = fit(app, 4 if name == 'language' else 1, 1e-3)
     return app
-
-def matrix(b):
-    "How a batch was mixed, and where"
-    (place,(own,mixed)), = [o for o in places(b).items() if was_mixed(o[1])]
-    return place,mixing_matrix(mixed, own)
 
 def trained(batches): return [b for b in batches if b.training]
 

@@ -8,39 +8,14 @@ import torch
 from fastai.basics import Callback, CancelBatchException, DataLoaders, Learner, SGD, Tensor, nn
 from fastai.collab import EmbeddingDotBias
 
-from apps import close, floats, quiet
+from apps import floats, quiet
 from fastai_mixup.all import ManifoldMixUp
 from fastai_mixup.core import map_leaves
 from fastai_mixup.cuts import find_cuts
 from nets import BS, NETS, Checkpointed, Encoder, blocks, build, ragged, steady, text_classifier, tokens, vectors
+from paths import check_path, reset, run, same
 
 SMALL = 'resnet18 densenet121 googlenet deeplab unet timm_swin table awd_lstm language encoder lstm packed dicts twins tied checkpointed'.split()
-
-def reset(model): getattr(model, 'reset', lambda: None)()
-
-def run(model, xb, layer, to=None):
-    "The prediction, and what each call of `layer` returned; with `to`, each call returns the next of these instead"
-    given,seen = iter(to or []),[]
-    def hook(m, args, out):
-        seen.append(map_leaves(lambda o,_: o.detach().clone() if isinstance(o, Tensor) else o, out))
-        return next(given) if to else None
-    handle = layer.register_forward_hook(hook)
-    reset(model)
-    with torch.no_grad(): pred = model(*xb)
-    handle.remove()
-    return pred,seen
-
-def same(a, b):
-    a,b = floats(a),floats(b)
-    assert a
-    for o,p in zip(a, b, strict=True): close(o, p, 1e-3)
-
-def check_path(model, xb, other, layer):
-    "What `layer` returned for `xb` decides the prediction, whatever the inputs are"
-    pred,acts = run(model, xb, layer)
-    same(run(model, other, layer, acts)[0], pred)
-    away,_ = run(model, other, layer)
-    assert not torch.allclose(floats(pred)[0], floats(away)[0], atol=1e-5)
 
 def mix(acts, plan):
     "Each floating tensor of `acts` mixed along the one dimension whose size is that of the batch"
