@@ -10,9 +10,10 @@ __all__ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', '
            'PuzzleMix', 'PuzzleMixCallback', 'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback',
            'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback', 'SmoothMix', 'SmoothMixCallback',
            'SnapMix', 'SnapMixCallback', 'TransMix', 'TransMixCallback', 'MeanLam', 'MixedAccuracy', 'MixedShare',
-           'MixFound', 'ReMix', 'AcrossRanks', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
+           'MixFound', 'ReMix', 'AcrossRanks', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass', 'plot_lam',
+           'plot_schedule']
 
-# %% ../nbs/90_all.ipynb #f1a52a3c
+# %% ../nbs/90_all.ipynb #eefec2d4
 from .align import AlignMixUp, AlignMixUpCallback
 from .callback import MixUp, MixUpCallback
 from .choice import RandomMix, RandomMixCallback
@@ -27,10 +28,11 @@ from .pairing import DifferentClass, NearTarget, PreviousBatch, SameClass
 from .puzzle import PuzzleMix, PuzzleMixCallback
 from .records import MeanLam, MixedAccuracy, MixedShare
 from .regmixup import RegMixUp, RegMixUpCallback
+from .show import plot_lam, plot_schedule
 
-# %% ../nbs/90_all.ipynb #0bc38274
+# %% ../nbs/90_all.ipynb #f2891ce5
 _all_ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE',
          'AlignMixUp', 'AlignMixUpCallback', 'CutMix', 'CutMixCallback', 'FMix', 'FMixCallback', 'GridMix', 'GridMixCallback',
          'PuzzleMix', 'PuzzleMixCallback', 'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback',
          'SmoothMix', 'SmoothMixCallback', 'SnapMix', 'SnapMixCallback', 'TransMix', 'TransMixCallback',
-         'MeanLam', 'MixedAccuracy', 'MixedShare', 'MixFound', 'ReMix', 'AcrossRanks', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass']
+         'MeanLam', 'MixedAccuracy', 'MixedShare', 'MixFound', 'ReMix', 'AcrossRanks', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass', 'plot_lam', 'plot_schedule']
