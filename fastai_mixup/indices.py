@@ -203,7 +203,8 @@ def _one_hot_floats(own, src, func, name, args, kwargs):
     return _lerp(_call(func, args, kwargs, _partner), own, src.lam)
 
 def _at(position, name): return lambda args, kwargs: args[position] if len(args) > position else kwargs.get(name)
-_LOOKUPS = dict(embedding=_at(0, 'input'), embedding_bag=_at(0, 'input'), __getitem__=_at(1, None), index_select=_at(2, 'index'), gather=_at(2, 'index'))
+def _in_brackets(args, kwargs): return args[1][0] if isinstance(args[1], tuple) and len(args[1]) == 1 else args[1] # older torch says `w[i]` as `w[i,]`
+_LOOKUPS = dict(embedding=_at(0, 'input'), embedding_bag=_at(0, 'input'), __getitem__=_in_brackets, index_select=_at(2, 'index'), gather=_at(2, 'index'))
 _TABLES = dict(embedding=_at(1, 'weight'), embedding_bag=_at(1, 'weight'))
 
 def _table(args, kwargs, name): return _TABLES.get(name, _at(0, 'input'))(args, kwargs)

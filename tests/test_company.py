@@ -49,8 +49,8 @@ def test_weights_follow_the_oracle(n_acc, kind):
 @each_kind
 @pytest.mark.parametrize('mode', ['bf16', 'fp16'])
 def test_half_precision(mode, kind, monkeypatch):
-    monkeypatch.setattr(fp16, 'autocast', lambda device,dtype: torch.autocast('cpu', dtype))
-    monkeypatch.setattr(fp16, 'GradScaler', lambda device,**kwargs: torch.amp.GradScaler('cpu', init_scale=8, **kwargs))
+    monkeypatch.setattr(fp16, 'autocast', lambda *device,dtype: torch.autocast('cpu', dtype))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda *device,**kwargs: torch.amp.GradScaler('cpu', init_scale=8, **kwargs))
     learn = learner(kind, MixedPrecision(mode))
     learn.fit(2)
     check(learn, 4, 4, atol=2e-2)

@@ -152,7 +152,7 @@ def test_remix_and_ignore_index(make, ignore_index):
 def test_bad_remix_is_refused(make):
     with pytest.raises((TypeError, ValueError), match='kappa|tau|counts|labels'): make()
 
-SNAPS = [lambda: MixUp(labels=ReMix()), lambda: CutMix(labels=ReMix(counts=COUNTS)), SnapMix, TransMix, lambda: RandomMix([MixUp(), SnapMix()], [0., 1.]), lambda: RandomMix([MixUp(), SnapMix()], per='item')]
+SNAPS = [lambda: MixUp(labels=ReMix()), lambda: CutMix(labels=ReMix(counts=COUNTS)), SnapMix, TransMix, lambda: RandomMix([MixUp(), SnapMix()], [0., 1.]), lambda: RandomMix([MixUp(), SnapMix()], [1e-9, 1.], per='item')]
 @pytest.mark.parametrize('y,loss_func', [(torch.rand(N, C), CrossEntropyLossFlat()), (torch.randint(2, (N, C)), nn.MultiLabelSoftMarginLoss()), (torch.randn(N, 1), MSELossFlat()), (torch.randint(C, (N, 32, 32)), CrossEntropyLossFlat(axis=1)), (Y, lambda p,y: F.cross_entropy(p, y))], ids=['soft', 'tags', 'numbers', 'masks', 'own'])
 @pytest.mark.parametrize('make', SNAPS)
 def test_labels_without_classes_are_refused(make, y, loss_func):
