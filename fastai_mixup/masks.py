@@ -10,7 +10,7 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #2c412bdc
+# %% ../nbs/09_masks.ipynb #65e1e893
 from functools import cache
 
 import torch
@@ -23,7 +23,7 @@ from .callback import MixCallback, MixUpCallback
 from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #f50129d7
+# %% ../nbs/09_masks.ipynb #53eecf64
 class MaskPlan(Plan):
     "A plan in which each place of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
@@ -84,7 +84,7 @@ class MaskPlan(Plan):
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #f2b54f63
+# %% ../nbs/09_masks.ipynb #69cb639b
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -125,7 +125,7 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #b490b474
+# %% ../nbs/09_masks.ipynb #63e488ca
 def _edges(centre, side, n):
     "The first place of a box and the first one after it, along a side of `n` places"
     width = (side*n).round()
@@ -182,7 +182,7 @@ def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #57fa0b2d
+# %% ../nbs/09_masks.ipynb #c61b9209
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
@@ -236,7 +236,7 @@ class FMixCallback(MaskCallback):
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #366d0d8e
+# %% ../nbs/09_masks.ipynb #6bdcf399
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
     @delegates(MixCallback.__init__, but=['alpha', 'fold'])
@@ -262,7 +262,7 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #51b4cebd
+# %% ../nbs/09_masks.ipynb #c1932f3f
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
     takes_alpha = False
@@ -288,7 +288,7 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #9799ea64
+# %% ../nbs/09_masks.ipynb #72a43ee0
 def _on_a_line(centre, side):
     "The box of a signal as that of a picture one place high"
     return torch.stack([torch.full_like(centre[:,0], .5), centre[:,0]], 1),torch.cat([torch.ones_like(side), side], 1)
@@ -354,7 +354,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #5ff5d8e2
+# %% ../nbs/09_masks.ipynb #5f9bc70d
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):

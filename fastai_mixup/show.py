@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/show.html.md"""
 # %% auto #0
 __all__ = ['plot_lam', 'plot_schedule', 'Peek', 'Shown', 'mixed_label']
 
-# %% ../nbs/22_show.ipynb #957ab59a
+# %% ../nbs/22_show.ipynb #eb8a1f0c
 import copy
 from contextlib import contextmanager
 from itertools import groupby
@@ -29,7 +29,7 @@ from .core import ALPHA_MAX, ALPHA_MIN, check_number, draw_lam, leaves, map_leav
 from .cuts import untouched
 from .manifold import ManifoldMixUpCallback, _same_draws
 
-# %% ../nbs/22_show.ipynb #30220be7
+# %% ../nbs/22_show.ipynb #91f39e28
 def plot_lam(
     alpha=(.1, .4, 1., 4.), # One alpha or several, each from 1e-9 to 1e9
     fold:bool|None=None, # Of lam = max(lam, 1-lam)? `None` shows both
@@ -50,7 +50,7 @@ def plot_lam(
     axs[0].legend(frameon=False, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #5d6b93b5
+# %% ../nbs/22_show.ipynb #2bcde718
 class _Moment:
     "Stands for a Learner at one moment of its training"
     cbs = ()
@@ -73,7 +73,7 @@ def plot_schedule(
     ax.set(xlabel='epoch', ylabel='share of the partner', ylim=(0, .52), title=f'How much {cb!r} mixes')
     return ax
 
-# %% ../nbs/22_show.ipynb #7ba636fc
+# %% ../nbs/22_show.ipynb #5a688264
 @patch
 def plot_layers(self:ManifoldMixUpCallback,
     ax=None, # Axis to draw on
@@ -93,7 +93,7 @@ def plot_layers(self:ManifoldMixUpCallback,
     for side in 'left', 'right', 'top': ax.spines[side].set_visible(False)
     return ax
 
-# %% ../nbs/22_show.ipynb #e3759463
+# %% ../nbs/22_show.ipynb #aa5ac859
 class Peek:
     "One training batch, as the callback of a Learner mixes it"
     def __init__(self,
@@ -157,7 +157,7 @@ class Peek:
         where = '' if self.place == 'input' else f", mixed at {getattr(self.place, 'name', self.place)}"
         return f'{self.cb!r}{where}'
 
-# %% ../nbs/22_show.ipynb #ee582360
+# %% ../nbs/22_show.ipynb #1bbe9118
 class Shown:
     "The first items of a `Peek`, decoded as far as the DataLoader knows how: normalisation undone, categories and words by name"
     def __init__(self,
@@ -186,7 +186,7 @@ class Shown:
         "As text, for each item"
         return [mixed_label(a[self.n_inp], b[self.n_inp], *w) if len(a) > self.n_inp else f'{w[0]:.2f} + {w[1]:.2f}' for a,b,w in zip(self.own, self.partner, self.weights)]
 
-# %% ../nbs/22_show.ipynb #abf416dc
+# %% ../nbs/22_show.ipynb #fd38d7dc
 def mixed_label(
     own, # Label of the item
     partner, # Label of its partner
@@ -199,7 +199,7 @@ def mixed_label(
     own,partner = (str(o.item() if isinstance(o, Tensor) else o) for o in (own, partner))
     return own if own == partner and abs(w+w1-1) < 1e-3 else f'{w:.2f} {own} + {w1:.2f} {partner}'
 
-# %% ../nbs/22_show.ipynb #ebdd647d
+# %% ../nbs/22_show.ipynb #650de9c0
 def _as_picture(x):
     "Something that can be shown as a picture, or `None`"
     if isinstance(x, str) or not hasattr(x, 'shape') or (isinstance(x, Tensor) and not x.is_floating_point() and x.ndim < 2): return None
@@ -238,7 +238,7 @@ def _pictures(shown, axs, **kwargs):
             for ax,samples,title in zip(axs[2*i:2*i+2], (shown.own, shown.partner), (label, 'partner')): _show_one(_as_picture(samples[i][0]), ax, title)
     return axs
 
-# %% ../nbs/22_show.ipynb #f24bb639
+# %% ../nbs/22_show.ipynb #4b76a0ea
 def _signals(shown, axs, **kwargs):
     if axs is None: axs = _grid(shown, shown.n, min(shown.n, 3), side=2.4, **kwargs)
     for i,(ax,label) in enumerate(zip(axs, shown.labels)):
@@ -248,7 +248,7 @@ def _signals(shown, axs, **kwargs):
         ax.set_title(label, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #81378203
+# %% ../nbs/22_show.ipynb #8d9b6e5c
 def _beside(own, partner, mixed):
     "A cell: the mixed number, or both"
     if isinstance(mixed, (float, np.floating)): return f'{mixed:.4g}'
@@ -278,7 +278,7 @@ def _rows(shown, axs, **kwargs):
     with pd.option_context('display.max_colwidth', None): display(res.style.set_caption(shown.peek.title).hide())
     return res
 
-# %% ../nbs/22_show.ipynb #ac212e6f
+# %% ../nbs/22_show.ipynb #7de42615
 def _shower(x):
     if _as_picture(x) is not None: return _pictures
     return _signals if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (1, 2) and x.shape[-1] > 3 else _rows

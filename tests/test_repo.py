@@ -1,4 +1,5 @@
 "Notebooks, package, README and configuration agree"
+import ast
 import json
 import re
 import subprocess
@@ -63,3 +64,13 @@ def test_the_example_runs(tmp_path):
 def test_stored_outputs_are_no_warnings():
     cells = [cell for p in (root/'nbs').glob('*.ipynb') for cell in json.loads(p.read_text(encoding='utf-8'))['cells']]
     assert not [o for cell in cells for o in cell.get('outputs', []) if o.get('name') == 'stderr']
+
+def test_imports_have_cells_of_their_own():
+    "What builds the documentation executes cells with imports, and no others that are not exported"
+    for path in (root/'nbs').glob('*.ipynb'):
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            source = ''.join(cell['source'])
+            if cell['cell_type'] != 'code' or path.stem == 'index' or re.search(r'^#\|\s*(export|eval: *false)', source, re.M): continue
+            body = ast.parse(source).body
+            imports = [isinstance(o, (ast.Import, ast.ImportFrom)) for o in body]
+            assert all(imports) or not any(imports), (path.stem, source[:200])
