@@ -92,6 +92,7 @@ INTS = dict(
     where=((UNKNOWN,), lambda t,x: t(torch.where(x < 0, 5, x))),
     setitem=((UNKNOWN,), setitem),
     weight=((T,), lambda t,x: t.weight[x].mean(1)),
+    weight_in_tuple=((T,), lambda t,x: t.weight[x,].mean(1)),
     index_select=((IDS,), lambda t,x: t.weight.index_select(0, x)),
     index_select_keyword=((IDS,), lambda t,x: torch.index_select(input=t.weight, dim=0, index=x)),
     functional=((T,), lambda t,x: F.embedding(input=x, weight=t.weight).mean(1)),
