@@ -13,6 +13,6 @@ setup(
     python_requires=">=" + facts["min_python"],
     keywords=facts["keywords"].split(),
     install_requires=facts["requirements"].split(),
-    extras_require={"test": tests, "dev": tests + facts["dev_requirements"].split()},
+    extras_require={"test": tests, "dev": tests + facts["dev_requirements"].split(), "docs": facts["docs_requirements"].split()},
     classifiers=["Programming Language :: Python :: 3", "Programming Language :: Python :: 3 :: Only"],
 )

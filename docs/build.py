@@ -1,0 +1,78 @@
+"""The documentation as a website, from the executed notebooks: `python docs/build.py`, then open `_site/index.html`.
+
+nbdev filters the notebooks and adds signatures and tables of parameters; Sphinx makes the pages and the search, which need no network. The build fails on
+a link that leads nowhere, and on a notebook that holds an error.
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fastcore.script import call_parse
+from nbdev.serve import proc_nbs
+
+root = Path(__file__).resolve().parent.parent
+REPOSITORY = 'https://github.com/fastai-mixup/fastai_mixup/blob/main/'
+PARTS = {'Begin': ['index', '30_*'], 'Methods': ['05_*', '06_*', '08_*', '09_*', '1?_*'], 'Tools': ['2?_*'], 'Evidence': ['9[1-9]_*'], 'Under the hood': ['00_*', '01_*', '02_*', '03_*', '04_*', '07_*', '90_*']}
+
+
+def contents(names):
+    "The table of contents: pages by part, each page once"
+    left,parts = sorted(names),[]
+    for part,patterns in PARTS.items():
+        mine = [n for p in patterns for n in left if Path(n).match(p)]
+        left = [n for n in left if n not in mine]
+        parts.append('\n'.join(['```{toctree}', f':caption: {part}', ':maxdepth: 1', '', *mine, '```']))
+    if left: raise SystemExit(f"These notebooks are in no part of the table of contents: {', '.join(left)}")
+    return '\n\n'.join(['# Contents', *parts]) + '\n'
+
+
+def as_markdown(text):
+    "A cell without the idioms of nbdev and Quarto: headings that end with a dash, attributes of links; links into the repository made whole"
+    text = re.sub(r'^(#+ .*?) -$', r'\1', text, flags=re.M)
+    text = re.sub(r'(\]\([^)]*\))\{[^}]*\}', r'\1', text)
+    return re.sub(r'\]\(\.\./(?!nbs/)([^)]+)\)', rf']({REPOSITORY}\1)', text)
+
+
+def page(cell):
+    "One cell for Sphinx; `None` for front matter"
+    source = ''.join(cell['source'])
+    if cell['cell_type'] == 'raw': return
+    if cell['cell_type'] == 'markdown': return dict(cell, source=as_markdown(source), metadata={})
+    for output in cell['outputs']:
+        if output['output_type'] == 'error': raise SystemExit(f"A notebook holds an error: {output['ename']}: {output['evalue']}")
+        data = output.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = re.sub(r'^---$', '', as_markdown(''.join(data['text/markdown'])), flags=re.M)
+    tags = ['remove-input'] if re.search(r'^#\| *echo: *false', source, re.M) else []
+    return dict(cell_type='code', id=cell['id'], execution_count=None, outputs=cell['outputs'], metadata=dict(tags=tags), source=re.sub(r'^#\|.*\n?', '', source, flags=re.M))
+
+
+def first_cell(path):
+    "The heading, blurb and introduction, of which nbdev keeps the first two as front matter"
+    return json.loads((root/'nbs'/path.name).read_text(encoding='utf-8'))['cells'][0]
+
+
+def convert(src, dest):
+    notebook = json.loads(src.read_text(encoding='utf-8'))
+    notebook['cells'] = [page(first_cell(src)), *filter(None, map(page, notebook['cells']))]
+    dest.write_text(json.dumps(notebook), encoding='utf-8')
+
+
+@call_parse
+def main(
+    out:str='_site', # Folder of the website
+):
+    "Build the website"
+    os.chdir(root)
+    processed,out = Path(proc_nbs(n_workers=0)),Path(out).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        notebooks = sorted(processed.glob('*.ipynb'))
+        for path in notebooks: convert(path, folder/path.name)
+        shutil.copytree(processed/'images', folder/'images')
+        (folder/'contents.md').write_text(contents([p.stem for p in notebooks]), encoding='utf-8')
+        sys.exit(subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', '-c', str(root/'docs'), str(folder), str(out)]).returncode)

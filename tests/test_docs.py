@@ -1,0 +1,47 @@
+"The website: what is changed in the notebooks on their way, and that all of them get there"
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('nbdev')
+root = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope='module')
+def build():
+    spec = importlib.util.spec_from_file_location('build', root/'docs/build.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_every_notebook_has_a_place(build):
+    names = [p.stem for p in (root/'nbs').glob('*.ipynb')]
+    text = build.contents(names)
+    assert sorted(re.findall(r'^(?!#|```|:)(\S+)$', text, re.M)) == sorted(names)
+    with pytest.raises(SystemExit, match='in no part of the table of contents: 50_new'): build.contents([*names, '50_new'])
+
+def test_idioms(build):
+    assert build.as_markdown('## The plan -\n\nx - y [a](b.ipynb){target="_blank"} [c](../examples/d.py)') == (
+        '## The plan\n\nx - y [a](b.ipynb) [c](https://github.com/fastai-mixup/fastai_mixup/blob/main/examples/d.py)')
+
+def test_cells(build):
+    code = dict(cell_type='code', id='a', source='#| echo: false\n1+1', outputs=[], metadata={})
+    assert build.page(code)['source'] == '1+1' and build.page(code)['metadata'] == dict(tags=['remove-input'])
+    assert build.page(dict(cell_type='raw', source='---\ntitle: x\n---')) is None
+    with pytest.raises(SystemExit, match='holds an error: ValueError: no'): build.page(code | dict(outputs=[dict(output_type='error', ename='ValueError', evalue='no')]))
+
+def test_no_stored_output_is_an_error():
+    for path in (root/'nbs').glob('*.ipynb'):
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']: assert not any(o['output_type'] == 'error' for o in cell.get('outputs', []))
+
+def test_website(tmp_path):
+    for package in 'sphinx', 'myst_nb', 'furo', 'latex2mathml': pytest.importorskip(package)
+    done = subprocess.run([sys.executable, root/'docs/build.py', '--out', tmp_path], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for path in (root/'nbs').glob('*.ipynb'): assert (tmp_path/f'{path.stem}.html').exists()
+    assert 'ManifoldMixUp'.lower() in (tmp_path/'searchindex.js').read_text(encoding='utf-8')
+    for page in tmp_path.glob('*.html'): assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', page.read_text(encoding='utf-8')), page
