@@ -114,14 +114,14 @@ def train_and_score(method, train, test, seed, epochs, lr=5e-3, augment=False):
 
 DOSES = ['none', *[m for m in METHODS if m.startswith('MixUp(') and 'smoothing' not in m]]
 RECIPES = ['none', 'MixUp(1)', 'CutMix(1)', *[m for m in METHODS if m.startswith(('RandomMix', 'CutMix ', 'SaliencyMix', 'FMix'))], 'ManifoldMixUp(CutMix)', 'RegMixUp(CutMix)']
-WINNER = 'RandomMix to .75'
-MAIN = ['none', 'MixUp(.4)', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)', 'output mixup(1)', 'RegMixUp', 'LabelSmoothingCE(.1)', 'MixUp(1) + smoothing', 'RandomMix', WINNER]
+WINNER = 'RandomMix by item'
+MAIN = ['none', 'MixUp(.4)', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)', 'output mixup(1)', 'RegMixUp', 'LabelSmoothingCE(.1)', 'MixUp(1) + smoothing', 'RandomMix', 'RandomMix to .75', WINNER]
 SHORT = ['none', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)', 'LabelSmoothingCE(.1)', WINNER]
 PARTS = {
     'select': [dict(methods=RECIPES, held_out=500)],
     'main': [dict(methods=MAIN)],
     'peers': [dict(methods=['none', 'MixUp(1)', *[m for m in METHODS if m.endswith((' MixUp', ' mixup'))], 'CutMix(1)', *[m for m in METHODS if m.endswith((' CutMix', ' cutmix'))]])],
-    'few': [dict(methods=SHORT, n=500, epochs=60)],
+    'few': [dict(methods=[*SHORT, 'RandomMix to .75'], n=500, epochs=60)],
     'noisy': [dict(methods=SHORT, noise=.4)],
     'augmented': [dict(methods=SHORT, augment=True)],
     'dose': [dict(methods=DOSES)],
