@@ -169,6 +169,7 @@ def main(
     chosen = libraries.split(',') if libraries else known
     unknown = set(chosen) - set(known)
     if unknown: raise SystemExit(f"--libraries must be some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if not any(e.library in chosen and models in e.name for e in ZOO): raise SystemExit(f"--models must be a part of the name of a model of {', '.join(chosen)}, got {models!r}")
     missing = [o for o in chosen if not installed(o)]
     if missing: print('Not installed, left out:', ', '.join(missing))
     rows = []
