@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/show.html.md"""
 # %% auto #0
 __all__ = ['plot_lam', 'plot_schedule', 'Peek', 'Shown', 'mixed_label']
 
-# %% ../nbs/22_show.ipynb #eb8a1f0c
+# %% ../nbs/22_show.ipynb #b9311a89
 import copy
 from contextlib import contextmanager
 from itertools import groupby
@@ -25,11 +25,12 @@ from IPython.display import display
 from torch import Tensor
 
 from .callback import MixCallback
-from .core import ALPHA_MAX, ALPHA_MIN, check_number, draw_lam, leaves, map_leaves
+from .core import ALPHA_MAX, ALPHA_MIN, check_choice, check_number, draw_lam, leaves, map_leaves
 from .cuts import untouched
+from .find import check_count
 from .manifold import ManifoldMixUpCallback, _same_draws
 
-# %% ../nbs/22_show.ipynb #91f39e28
+# %% ../nbs/22_show.ipynb #8c8b4ac4
 def plot_lam(
     alpha=(.1, .4, 1., 4.), # One alpha or several, each from 1e-9 to 1e9
     fold:bool|None=None, # Of lam = max(lam, 1-lam)? `None` shows both
@@ -37,7 +38,7 @@ def plot_lam(
 ): # The axes
     "Plot the distribution of the weight `lam` of an item itself"
     alphas = [check_number('alpha', a, ALPHA_MIN, ALPHA_MAX) for a in (alpha if isinstance(alpha, (list, tuple)) else [alpha])]
-    folds = (False, True) if fold is None else (fold,)
+    folds = (False, True) if check_choice('fold', fold, (None, True, False)) is None else (fold,)
     if axs is None: _,axs = plt.subplots(1, len(folds), figsize=(4*len(folds), 2.8), sharey=True, layout='constrained', squeeze=False)
     axs = list(getattr(axs, 'flat', axs if isinstance(axs, (list, tuple)) else [axs]))
     lam = torch.linspace(0, 1, 801)[1:-1].double()
@@ -50,18 +51,20 @@ def plot_lam(
     axs[0].legend(frameon=False, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #2bcde718
+# %% ../nbs/22_show.ipynb #eb8f1270
 class _Moment:
     "Stands for a Learner at one moment of its training"
     cbs = ()
     def __init__(self, pct, n_epoch): self.pct_train,self.epoch = pct,min(int(pct*n_epoch), n_epoch-1)
 
 def plot_schedule(
-    cb, # A mixing callback, such as `MixUp(SchedCos(0.1, 1.), stop=.8)`
-    n_epoch:int=10, # Number of epochs of the training
+    cb, # A mixing callback with an `alpha`, such as `MixUp(SchedCos(0.1, 1.), stop=.8)`
+    n_epoch:int=10, # Number of epochs of the training, from 1
     ax=None, # Axis to draw on
 ): # The axis
     "Plot the average share of the partner in an item over the training"
+    if not isinstance(cb, MixCallback) or not cb.takes_alpha: raise ValueError(f"cb must be a mixing callback whose alpha says how much is mixed, such as `MixUp()`, got {cb!r}")
+    n_epoch = check_count('n_epoch', n_epoch, 1)
     cb,pcts = copy.copy(cb),torch.linspace(0, .999, 200)
     def share(pct):
         cb.learn = _Moment(pct, n_epoch)
@@ -73,7 +76,7 @@ def plot_schedule(
     ax.set(xlabel='epoch', ylabel='share of the partner', ylim=(0, .52), title=f'How much {cb!r} mixes')
     return ax
 
-# %% ../nbs/22_show.ipynb #5a688264
+# %% ../nbs/22_show.ipynb #ac026b86
 @patch
 def plot_layers(self:ManifoldMixUpCallback,
     ax=None, # Axis to draw on
@@ -93,7 +96,7 @@ def plot_layers(self:ManifoldMixUpCallback,
     for side in 'left', 'right', 'top': ax.spines[side].set_visible(False)
     return ax
 
-# %% ../nbs/22_show.ipynb #aa5ac859
+# %% ../nbs/22_show.ipynb #0e4a0597
 class Peek:
     "One training batch, as the callback of a Learner mixes it"
     def __init__(self,
@@ -110,23 +113,20 @@ class Peek:
         b = twin._set_device(b)
         n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
         self.xb,self.yb,self.learn = tuple(b[:n_inp]),tuple(b[n_inp:]),twin
-        with self._apart(at), untouched(learn.model), torch.random.fork_rng(devices=[]): self._mix()
+        with untouched(learn.model), self._apart(at): self._mix()
 
     @contextmanager
     def _apart(self, at):
-        "Lead the copies to the moment before a batch, and leave the model in the mode in which it was"
+        "Lead the copies to the moment before a batch"
         twin,cb = self.learn,self.cb
         n_epoch = getattr(twin, 'n_epoch', 1) or 1
         for name,value in dict(xb=self.xb, yb=self.yb, training=True, pct_train=at, n_epoch=n_epoch, epoch=int(at*n_epoch), iter=0, train_iter=0).items(): setattr(twin, name, value)
         cb.learn = twin
         cb._init_state()
         if cb.generator is not None: cb.generator = torch.Generator().set_state(cb.generator.get_state())
-        modes = [(m, m.training) for m in twin.model.modules()]
         twin.model.train()
         try: yield
-        finally:
-            cb._forget()
-            for m,training in modes: m.training = training
+        finally: cb._forget()
 
     def _mix(self):
         cb,twin = self.cb,self.learn
@@ -157,7 +157,7 @@ class Peek:
         where = '' if self.place == 'input' else f", mixed at {getattr(self.place, 'name', self.place)}"
         return f'{self.cb!r}{where}'
 
-# %% ../nbs/22_show.ipynb #1bbe9118
+# %% ../nbs/22_show.ipynb #6519fdc4
 class Shown:
     "The first items of a `Peek`, decoded as far as the DataLoader knows how: normalisation undone, categories and words by name"
     def __init__(self,
@@ -186,7 +186,7 @@ class Shown:
         "As text, for each item"
         return [mixed_label(a[self.n_inp], b[self.n_inp], *w) if len(a) > self.n_inp else f'{w[0]:.2f} + {w[1]:.2f}' for a,b,w in zip(self.own, self.partner, self.weights)]
 
-# %% ../nbs/22_show.ipynb #fd38d7dc
+# %% ../nbs/22_show.ipynb #9b1bd41d
 def mixed_label(
     own, # Label of the item
     partner, # Label of its partner
@@ -199,7 +199,7 @@ def mixed_label(
     own,partner = (str(o.item() if isinstance(o, Tensor) else o) for o in (own, partner))
     return own if own == partner and abs(w+w1-1) < 1e-3 else f'{w:.2f} {own} + {w1:.2f} {partner}'
 
-# %% ../nbs/22_show.ipynb #650de9c0
+# %% ../nbs/22_show.ipynb #9ac9592a
 def _as_picture(x):
     "Something that can be shown as a picture, or `None`"
     if isinstance(x, str) or not hasattr(x, 'shape') or (isinstance(x, Tensor) and not x.is_floating_point() and x.ndim < 2): return None
@@ -238,7 +238,7 @@ def _pictures(shown, axs, **kwargs):
             for ax,samples,title in zip(axs[2*i:2*i+2], (shown.own, shown.partner), (label, 'partner')): _show_one(_as_picture(samples[i][0]), ax, title)
     return axs
 
-# %% ../nbs/22_show.ipynb #4b76a0ea
+# %% ../nbs/22_show.ipynb #bd6796e9
 def _signals(shown, axs, **kwargs):
     if axs is None: axs = _grid(shown, shown.n, min(shown.n, 3), side=2.4, **kwargs)
     for i,(ax,label) in enumerate(zip(axs, shown.labels)):
@@ -248,7 +248,7 @@ def _signals(shown, axs, **kwargs):
         ax.set_title(label, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #8d9b6e5c
+# %% ../nbs/22_show.ipynb #f2f293ed
 def _beside(own, partner, mixed):
     "A cell: the mixed number, or both"
     if isinstance(mixed, (float, np.floating)): return f'{mixed:.4g}'
@@ -278,19 +278,19 @@ def _rows(shown, axs, **kwargs):
     with pd.option_context('display.max_colwidth', None): display(res.style.set_caption(shown.peek.title).hide())
     return res
 
-# %% ../nbs/22_show.ipynb #7de42615
+# %% ../nbs/22_show.ipynb #39ceaf85
 def _shower(x):
     if _as_picture(x) is not None: return _pictures
     return _signals if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (1, 2) and x.shape[-1] > 3 else _rows
 
 @patch
 def show_mixed_batch(self:Learner,
-    max_n:int=6, # Most items to show
+    max_n:int=6, # Most items to show, from 1
     at:float=0., # Moment of the training, in [0, 1), for schedules and `start` and `stop`
     b=None, # A batch of the training set; `None` draws one
     axs=None, # Axes to draw on
     **kwargs # `figsize`, `ncols` and the like, for a new figure
 ): # The axes; a `DataFrame` for texts and tables
     "Show a training batch as the mixing callback of this Learner changes it, with the weights of the labels; the Learner is left as it was"
-    shown = Shown(Peek(self, at, b), max_n)
+    shown = Shown(Peek(self, at, b), check_count('max_n', max_n, 1))
     return (_rows if shown.of_table else _shower(shown.own[0][0]))(shown, axs, **kwargs)

@@ -91,3 +91,8 @@ def test_words():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, CLASSES))
     table = learner(MixUp(1.), x, model).show_mixed_batch(3)
     assert len(table) == 3 and (table['weight'].astype(float) + table['weight of partner'].astype(float)).sub(1).abs().max() < .011
+
+@pytest.mark.parametrize('f,message', [(lambda: learner(MixUp(1.)).show_mixed_batch(0), 'max_n'), (lambda: plot_schedule(MixUp(), n_epoch=0), 'n_epoch'),
+    (lambda: plot_schedule(ResizeMix()), 'cb must be a mixing callback'), (lambda: plot_schedule(None), 'cb must be a mixing callback'), (lambda: plot_lam(1., fold='no'), 'fold')])
+def test_refusals_name_the_argument(f, message):
+    with pytest.raises((TypeError, ValueError), match=message): f()
