@@ -76,4 +76,5 @@ def main(
         for batch,lines in enumerate(zip(*(lines for lines,_ in told))):
             for rank,line in enumerate(lines): print(f'batch {batch}, rank {rank}, {line}')
         print(f"The parameters of all ranks are {'equal' if all(torch.equal(w, weights) for _,w in told) else 'different'}.")
+    dist.barrier() # a rank that left while gloo's threads still let go of what was sent would be aborted
     dist.destroy_process_group()

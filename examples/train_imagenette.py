@@ -116,3 +116,4 @@ def main(
         scores.append(float(learn.recorder.values[-1][2]))
         if not rank_distrib(): print(f'Run {run}: {scores[-1]:.2%}')
     if runs > 1 and not rank_distrib(): print(f'{runs} runs: {mean(scores):.2%} ± {stdev(scores):.2%}')
+    if num_distrib(): torch.distributed.barrier() # a rank that left while gloo's threads still let go of what was sent would be aborted

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 __all__ = ['MixUp', 'check_p', 'dial_at', 'check_dial', 'check_moment', 'check_window', 'check_callable', 'check_leaves',
            'check_pairs', 'check_label_lam', 'Scheduled', 'MixCallback', 'MixUpCallback', 'AroundCallback']
 
-# %% ../nbs/05_callback.ipynb #b76d6e11
+# %% ../nbs/05_callback.ipynb #f65706f1
 import inspect
 import sys
 from contextlib import contextmanager
@@ -24,10 +24,10 @@ from fastai.torch_core import rank_distrib
 from torch import Tensor
 
 from .core import ALPHA_MIN, DrawnAhead, Others, Plan, check_alpha, check_choice, check_number, leaves, plainly, private_generator
-from .inputs import InputMixer, check_inputs_option
+from .inputs import InputMixer, check_inputs_option, is_sharded
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #cca1875c
+# %% ../nbs/05_callback.ipynb #be8cd389
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -104,6 +104,7 @@ class MixCallback(Callback):
     needs_places = False # Can it mix only what has places, such as pictures?
     weighs_labels = False # Does it weigh the labels by a rule of its own?
     takes_alpha = True # Does `alpha` say how much is mixed?
+    asks_model = False # Does it call the model by itself for what it has to know?
     _stateattrs = 'order','plan','held','mixed','kept','draws','mixer','memory'
 
     def __init__(self,
@@ -175,8 +176,19 @@ class MixCallback(Callback):
         if len(mixers) > 1: raise ValueError(f"{self} cannot share a Learner with another callback that mixes, here "
             f"{', '.join(f'{type(cb).__module__}.{type(cb).__name__}' for cb in mixers)}: the batch would be mixed twice. Keep one of them, or let "
             "`RandomMix([MixUp(), CutMix()])` choose.")
+        self._check_ranks()
         self._forget()
         self._init_state()
+
+    def inner_methods(self):
+        "The callbacks by which it mixes: what a subclass may define"
+        return []
+
+    def _check_ranks(self):
+        asks = next((m for m in (self, *self.inner_methods()) if m.asks_model), None)
+        if asks is not None and any(map(is_sharded, self.learn.model.modules())): raise ValueError(
+            f"{asks} calls the model by itself, and a model of which each rank holds a part (FSDP) answers only if all ranks call it: one that "
+            "leaves a batch alone would be waited for without end. Use `MixUp`, `CutMix` or `ManifoldMixUp`.")
 
     def before_train(self):
         "A stateful model begins anew, and so may its plan"
@@ -358,7 +370,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #2ab5fcd6
+# %% ../nbs/05_callback.ipynb #6ee3d579
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()
@@ -366,7 +378,7 @@ class MixUpCallback(MixCallback):
 
 MixUp = MixUpCallback
 
-# %% ../nbs/05_callback.ipynb #c4d5db01
+# %% ../nbs/05_callback.ipynb #2ab4c70d
 class AroundCallback(MixCallback):
     "Base of the callbacks that may mix by the method of another"
     def __init__(self,
@@ -393,6 +405,8 @@ class AroundCallback(MixCallback):
         if self.method is None: return super().draw(n, per, device)
         with self.lent(self.method): idle = self.method.off() or torch.rand((), generator=self.draws.generator) >= self.method.now('p')
         return None if idle else self.borrow(self.method, n, per, device)
+
+    def inner_methods(self): return [] if self.method is None else [self.method, *self.method.inner_methods()]
 
     def _init_state(self):
         super()._init_state()

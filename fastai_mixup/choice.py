@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/choice.html.md"""
 # %% auto #0
 __all__ = ['RandomMix', 'ChoicePlan', 'check_weights', 'check_method', 'RandomMixCallback']
 
-# %% ../nbs/10_choice.ipynb #859b0018
+# %% ../nbs/10_choice.ipynb #3fe0660b
 import torch
 from fastcore.meta import delegates
 from torch import Tensor
@@ -16,7 +16,7 @@ from .callback import AroundCallback, MixCallback, MixUpCallback, check_leaves
 from .core import Plan, check_choice, check_number
 from .masks import MaskPlan
 
-# %% ../nbs/10_choice.ipynb #627622a1
+# %% ../nbs/10_choice.ipynb #4e3a2bf9
 class ChoicePlan(MaskPlan):
     "A plan that follows one of several plans for each item, or leaves it alone"
     def __init__(self,
@@ -61,7 +61,7 @@ class ChoicePlan(MaskPlan):
             if isinstance(plan, MaskPlan) and plan.reshapes: x = torch.where((self.choice == i).view(-1, *[1]*(x.ndim-1)), cover(plan), x)
         return x
 
-# %% ../nbs/10_choice.ipynb #19259e25
+# %% ../nbs/10_choice.ipynb #f6f9d99f
 def check_weights(
     weights, # A list of numbers, or `None`
     n:int, # How many there must be
@@ -107,6 +107,8 @@ class RandomMixCallback(MixUpCallback):
         shares = self.weights.tolist()
         weights = '' if len(set(shares[:-1])) == 1 and shares[-1] < 1e-6 else f', weights={[round(o, 4) for o in shares[:-1]]}'
         return f"RandomMix({self.methods}{weights}{', per=' + repr('item') if self.choose_per == 'item' else ''})"
+
+    def inner_methods(self): return self.methods
 
     def _init_state(self):
         super()._init_state()

@@ -7,13 +7,14 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #422e4e5d
+# %% ../nbs/07_cuts.ipynb #e4c6738c
 import random
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MethodType
+from warnings import warn
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from .core import leaves, map_leaves
 from .indices import MixedIndex
-from .inputs import InputMixer
+from .inputs import InputMixer, is_sharded
 
-# %% ../nbs/07_cuts.ipynb #ca9037b0
+# %% ../nbs/07_cuts.ipynb #9d14cc5d
 def _items(v): return dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None
 def _snapshot(module): return {k: (v, _items(v)) for k,v in module.__dict__.items()}
 
@@ -40,8 +41,6 @@ def _put_back(module, snapshot):
         if isinstance(v, dict): _reset(v, items)
         elif isinstance(v, list): v[:] = items
     _reset(module.__dict__, {k: v for k,(v,_) in snapshot.items()})
-
-def _is_sharded(module): return hasattr(module, 'unshard') and hasattr(module, 'reshard') # FSDP2
 
 @contextmanager
 def untouched(
@@ -57,14 +56,14 @@ def untouched(
         with torch.random.fork_rng(devices=devices): yield
     finally:
         for m in model.modules():
-            if _is_sharded(m): m.reshard() # or it would take what is put back for gathered parameters
+            if is_sharded(m): m.reshard() # or it would take what is put back for gathered parameters
         for m,s in attributes: _put_back(m, s)
         with torch.no_grad():
             for b,old in buffers: b.copy_(old)
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/07_cuts.ipynb #b0efa859
+# %% ../nbs/07_cuts.ipynb #7dc39134
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -151,6 +150,8 @@ class PathCounts:
         self.total = sum(self.before[v] for v in self.ends)
         self.after = self._after()
 
+    def has_node(self, name): return any(v.name() == name for v in self.order)
+
     @staticmethod
     def _inputs(v): return [u for u,_ in v.next_functions if u is not None]
 
@@ -187,7 +188,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #b4b9b724
+# %% ../nbs/07_cuts.ipynb #a47e935b
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -242,6 +243,7 @@ def find_cuts(
 )->list: # Of `Cut`, in the order in which the layers answer
     "The layers of `model` that every path from the inputs to the prediction crosses exactly once ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     with untouched(model), torch.enable_grad(): calls,counts,again,n,m = _probe(model, xb, size, InputMixer(model, xb, inputs))
+    if counts.has_node('CheckpointFunctionBackward'): warn("The model checkpoints activations by `use_reentrant=True`, which hides the layers inside. Use `use_reentrant=False`, as torch recommends.")
     names,chunked = {module: name for name,module in model.named_modules()},_in_chunks(model)
     last = max((c.depth for cs in calls.values() for c in cs), default=0)
     cuts = []
@@ -256,7 +258,7 @@ def find_cuts(
         cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, n_layers < 2 and first[0].looks_up))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #8ae41744
+# %% ../nbs/07_cuts.ipynb #86e4156b
 def _copy(o, _): return o.clone() if isinstance(o, Tensor) else o
 def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
 
@@ -304,7 +306,7 @@ def knows_nothing_else(
             if n == size: raise
         else: return all(map(_same, a, b))
 
-# %% ../nbs/07_cuts.ipynb #f3b6521c
+# %% ../nbs/07_cuts.ipynb #145d5bed
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)

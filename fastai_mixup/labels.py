@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/labels.html.md"""
 __all__ = ['SnapMix', 'TransMix', 'remix_lam', 'ReMix', 'activation_maps', 'share_in_box', 'SnapMixCallback', 'last_attention',
            'attention_of', 'patch_grid', 'TransMixCallback']
 
-# %% ../nbs/12_labels.ipynb #48114596
+# %% ../nbs/12_labels.ipynb #70c1a621
 import weakref
 
 import torch
@@ -21,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 from .callback import MixCallback
 from .core import Others, check_number, leaves, map_leaves, plainly
 from .cuts import _hooked, find_cuts, untouched
-from .inputs import unwrapped
+from .inputs import check_uncompiled, unwrapped
 from .manifold import _answering, _in_backward, _in_batch
 from .masks import CutMixCallback, MaskCallback, ResizePlan, _edges, _inside
 
-# %% ../nbs/12_labels.ipynb #f9912b2a
+# %% ../nbs/12_labels.ipynb #a6b3d755
 def remix_lam(
     lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
     count:Tensor, # Number of items of its class, shape (n,)
@@ -68,7 +68,7 @@ class ReMix:
         n = len(cb.memory[self])
         return cb.memory[self].index_add_(0, y.clamp(0, n-1), ((y >= 0) & (y < n)).float())
 
-# %% ../nbs/12_labels.ipynb #fb524929
+# %% ../nbs/12_labels.ipynb #a81af16a
 def activation_maps(
     model:nn.Module, # A classifier; is left as it was
     layer:nn.Module, # One of its layers, whose output has places
@@ -106,7 +106,7 @@ def share_in_box(
         maps = (maps*part.view(*part.shape, *[1]*(maps.ndim-2))).sum(1)
     return maps
 
-# %% ../nbs/12_labels.ipynb #db7320bb
+# %% ../nbs/12_labels.ipynb #6c53ca3d
 def _shares(centre, side, size):
     "Edges of a box in whole places, as shares of each side"
     edges = [_edges(centre[:,dim], side.expand_as(centre)[:,dim], n) for dim,n in enumerate(size)]
@@ -116,6 +116,7 @@ def _deepest_with_places(cb, pictures, n):
     "The deepest layer of the Learner's model whose output has places"
     if 'layer' not in cb.memory:
         model = unwrapped(cb.learn.model)
+        check_uncompiled('SnapMix', model, 'CutMix')
         cuts = [c for c in find_cuts(model, cb.learn.xb, n, cb.inputs) if c.has_places(pictures.shape[2:])]
         if not cuts: raise ValueError(f"SnapMix found no layer in {type(model).__name__} that all pictures pass and whose output has places. Use `CutMix`, or `TransMix` for transformers.")
         cb.memory['layer'] = max(reversed(cuts), key=lambda c: c.depth).module
@@ -123,7 +124,7 @@ def _deepest_with_places(cb, pictures, n):
 
 class SnapMixCallback(MaskCallback):
     "Replace a box of each item by one of its partner, and weigh the labels by what both show ([Huang et al. 2021](https://arxiv.org/abs/2012.04846))"
-    weighs_labels = True
+    weighs_labels = asks_model = True
 
     @delegates(MixCallback.__init__, but=['alpha', 'fold', 'labels'])
     def __init__(self,
@@ -166,7 +167,7 @@ class SnapMixCallback(MaskCallback):
 
 SnapMix = SnapMixCallback
 
-# %% ../nbs/12_labels.ipynb #51b14331
+# %% ../nbs/12_labels.ipynb #204cd153
 class _Found(Exception):
     "Carries the attention out of a layer"
 
@@ -239,7 +240,7 @@ def patch_grid(
     grids = [(h, n//h) for n,h in heights if h and n % h == 0 and error((h, n//h)) < max(size)]
     return min(grids, key=error, default=None)
 
-# %% ../nbs/12_labels.ipynb #0316b1a4
+# %% ../nbs/12_labels.ipynb #81e30f5a
 class _Noted:
     "Notes what a layer is given while the model of `learn` answers to its batch, as long as `plan` lives"
     def __init__(self, layer, learn, plan):
@@ -257,7 +258,8 @@ class _Noted:
 
 class TransMixCallback(CutMixCallback):
     "CutMix whose labels are weighed by what a transformer attends to ([Chen et al. 2022](https://arxiv.org/abs/2111.09833))"
-    what,weighs_labels = 'TransMix',True
+    what = 'TransMix'
+    weighs_labels = asks_model = True
 
     def shape(self, plan):
         self.check_labels()
@@ -268,6 +270,7 @@ class TransMixCallback(CutMixCallback):
 
     def _layer(self):
         if 'layer' not in self.memory:
+            check_uncompiled('TransMix', self.learn.model, 'CutMix')
             self.memory['layer'],self.memory['nth'] = last_attention(unwrapped(self.learn.model), self.learn.xb)
             if self.memory['layer'] is None: raise ValueError(f"TransMix found no call of torch's attention functions in {type(self.learn.model).__name__}. Use `CutMix`.")
         return self.memory['layer']

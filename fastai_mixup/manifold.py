@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #742c5e98
+# %% ../nbs/08_manifold.ipynb #d123849e
 import random
 import sys
 import threading
@@ -27,12 +27,12 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from .callback import AroundCallback, MixCallback
 from .core import Plan, check_choice, leaves, map_leaves, private_generator
-from .cuts import Cut, _is_sharded, choose_cuts, find_cuts, knows_nothing_else
-from .inputs import InputMixer, is_compiled, unwrapped
+from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
+from .inputs import InputMixer, check_uncompiled, is_sharded, unwrapped
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #f9b66058
-_CALL = nn.Module._call_impl.__code__
+# %% ../nbs/08_manifold.ipynb #31e83efb
+_CALL,_RUN = nn.Module._wrapped_call_impl.__code__,nn.Module._call_impl.__code__ # what was called, and what runs, by arguments that hooks may have changed
 
 def _frames():
     frame = sys._getframe(1)
@@ -49,10 +49,13 @@ def _in_batch(learn):
 
 def _answering(learn):
     "The call in which the model answers to the inputs of the batch that `learn` is running, `None` if it does not"
+    call = _RUN
     for f in _frames():
-        if f.f_code is _CALL and f.f_locals.get('self') is learn.model:
+        if f.f_code not in (_CALL, _RUN) or f.f_locals.get('self') is not learn.model: continue
+        if f.f_code is _RUN: call = f.f_locals.get('inner', _RUN)
+        else:
             args = f.f_locals['args']
-            return f.f_locals.get('inner', _CALL) if len(args) == len(learn.xb) and all(a is x for a,x in zip(args, learn.xb)) else None
+            return call if len(args) == len(learn.xb) and all(a is x for a,x in zip(args, learn.xb)) else None
 
 class ArmedLayer:
     "Mixes the output of one layer, in one batch"
@@ -109,7 +112,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #a8b0f3fd
+# %% ../nbs/08_manifold.ipynb #78190aee
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -158,7 +161,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #97188a04
+# %% ../nbs/08_manifold.ipynb #d014847d
 class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['alpha'])
@@ -244,10 +247,7 @@ class ManifoldMixUpCallback(AroundCallback):
 
     def _find_places(self, xb, n):
         wanted = self.wanted
-        if any(map(is_compiled, self.learn.model.modules())): raise ValueError(
-            "ManifoldMixUp cannot mix in a compiled model, which ignores hooks that come later. Train the model as it was before "
-            "`torch.compile` (the parameters are the same ones, and what they learn is there in the compiled model too); or use `MixUp`, "
-            "which compiles to the same graph as no mixing.")
+        check_uncompiled(type(self).__name__.removesuffix('Callback'), self.learn.model, 'MixUp')
         if wanted is not None and 'output' in wanted: check_output_mixing(self.learn.loss_func)
         hidden = wanted is None or [o for o in wanted if o != 'output']
         model = self._inner_model() if hidden else None
@@ -275,7 +275,7 @@ class ManifoldMixUpCallback(AroundCallback):
 
     def _waits_for_ranks(self):
         "Must all ranks look for places now, since each holds a part of the parameters (FSDP), though one may not mix this batch?"
-        return self.places is None and any(map(_is_sharded, self.learn.model.modules())) and not self.off() and self.now('p') > 0
+        return self.places is None and any(map(is_sharded, self.learn.model.modules())) and not self.off() and self.now('p') > 0
 
     def _ensure_places(self):
         if self.places is not None: return

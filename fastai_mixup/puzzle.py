@@ -9,7 +9,7 @@ __all__ = ['Puzzle', 'PuzzleMix', 'input_gradients', 'block_salience', 'smoothed
            'travel_cost', 'transport', 'at_places', 'source_places', 'move_blocks', 'solve_puzzle', 'PuzzlePlan',
            'PuzzleMixCallback']
 
-# %% ../nbs/14_puzzle.ipynb #8d13f2f6
+# %% ../nbs/14_puzzle.ipynb #08940653
 from collections import namedtuple
 
 import torch
@@ -24,7 +24,7 @@ from .cuts import untouched
 from .inputs import InputMixer
 from .masks import MaskCallback, MaskPlan
 
-# %% ../nbs/14_puzzle.ipynb #658c849e
+# %% ../nbs/14_puzzle.ipynb #22afeb0d
 def input_gradients(
     model:nn.Module, # In the mode in which it is trained; is left as it was
     loss_func, # Called as `loss_func(pred, *yb)`; what it returns is summed
@@ -54,7 +54,7 @@ def block_salience(
     tiny = torch.finfo(salient.dtype).tiny
     return salient / salient.flatten(1).mean(1).clamp_min(tiny).view(-1, *[1]*(salient.ndim-1))
 
-# %% ../nbs/14_puzzle.ipynb #4e2ae3bb
+# %% ../nbs/14_puzzle.ipynb #628571ed
 def _pulled(field, pulls):
     for d,pull in enumerate(pulls, 1): field = field + F.pad(pull, [0]*2*(field.ndim-1-d) + [1, 1]).diff(dim=d)
     return field
@@ -94,7 +94,7 @@ def puzzle_mask(
     cuts = prior_cuts(lam, levels, prior).view(len(lam), levels-1, *[1]*(evened.ndim-1))
     return (evened.unsqueeze(1) > cuts).float().mean(1)
 
-# %% ../nbs/14_puzzle.ipynb #47079440
+# %% ../nbs/14_puzzle.ipynb #57f81921
 def mask_energy(
     mask:Tensor, # In [0, 1], shape (n, *blocks)
     field:Tensor, # How much better a block is as the item's own, shape (n, *blocks)
@@ -104,7 +104,7 @@ def mask_energy(
     borders = sum(mask.diff(dim=d).abs().flatten(1).sum(1) for d in range(1, mask.ndim))
     return weight*borders - (mask*field).flatten(1).sum(1)
 
-# %% ../nbs/14_puzzle.ipynb #c22993df
+# %% ../nbs/14_puzzle.ipynb #c3564201
 def travel_cost(
     blocks:tuple, # Along each side
     device=None,
@@ -136,7 +136,7 @@ def transport(
         source = source.gather(1, mate).where(mate.gather(1, mate) == here, source)
     return source
 
-# %% ../nbs/14_puzzle.ipynb #7998634c
+# %% ../nbs/14_puzzle.ipynb #62c9d684
 def _first(block, n, blocks): return (block*n + blocks-1) // blocks # place of a block along a side of n
 
 def at_places(
@@ -171,7 +171,7 @@ def move_blocks(
     moved = x.flatten(2).gather(2, places[:,None].expand(-1, x.shape[1], -1)).view(x.shape)
     return moved if x.is_contiguous() else torch.empty_like(x).copy_(moved) # channels last, say
 
-# %% ../nbs/14_puzzle.ipynb #78a44c7f
+# %% ../nbs/14_puzzle.ipynb #16e7c5fc
 Puzzle = namedtuple('Puzzle', 'mask own other') # share of the item in each block; which block of itself, and of its partner, each block holds
 
 def solve_puzzle(
@@ -221,9 +221,11 @@ class PuzzlePlan(MaskPlan):
         if not self.reshapes: return super().cover_indices(y)
         return retain_type(torch.where(self.mask(y.shape[2:]).unsqueeze(1) >= .5, *self._moved(y.as_subclass(Tensor))), y)
 
-# %% ../nbs/14_puzzle.ipynb #7f6a8bb1
+# %% ../nbs/14_puzzle.ipynb #bd0fa2b0
 class PuzzleMixCallback(MaskCallback):
     "Show the blocks of each item and of its partner that matter most to the model ([Kim, Choo and Song 2020](https://arxiv.org/abs/2009.06962); with ways of our own to the optima)"
+    asks_model = True
+
     @delegates(MixCallback.__init__, but=['alpha', 'fold'])
     def __init__(self,
         alpha:float=1., # Parameter of Beta(alpha, alpha), from which the share that is to be the item's own is drawn: 0 for no mixing, or from 1e-9 to 1e9

@@ -15,7 +15,7 @@ from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, 
 from fastai.callback.progress import ProgressCallback
 from fastai.distributed import DistributedDL
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.module import _global_forward_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -48,11 +48,15 @@ def rows(**kwargs): return Net(nn.Linear(N, C), **kwargs)
 def pictures(**kwargs): return Net(nn.Sequential(nn.Conv2d(N, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, C)), **kwargs)
 def normed(**kwargs): return Net(nn.Sequential(nn.Conv2d(N, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, C)), **kwargs)
 
-def sharded():
+def sharded(**kwargs):
     "Of which each rank holds a part: FSDP2"
     net,mesh = rows(),init_device_mesh('cpu', (dist.get_world_size(),))
-    for part in net.blocks[1],net.head,net: fully_shard(part, mesh=mesh)
+    for part in net.blocks[1],net.head,net: fully_shard(part, mesh=mesh, **kwargs)
     return net
+
+def halved():
+    "The same, where each part answers in bfloat16"
+    return sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32))
 
 def transformer(**kwargs):
     from timm.models.vision_transformer import VisionTransformer
@@ -117,7 +121,7 @@ def fit_lists(mix, sizes, net=rows, seed=0, lr=.1, x=ROWS, **ddp):
     "Train on batches of `sizes[rank]`"
     set_seed(seed)
     batches = [(x[i], Y[i]) for i in (torch.arange(N).roll(-7*dist.get_rank())[:sum(sizes[dist.get_rank()])].split(sizes[dist.get_rank()]))]
-    learn = learner(DataLoaders(batches, []), net(), [mix, *[Wrapped(**ddp)]*(net is not sharded)], lr)
+    learn = learner(DataLoaders(batches, []), net(), [mix, *[Wrapped(**ddp)]*(net not in (sharded, halved))], lr)
     with learn.no_logging(): learn.fit(1)
     return told(learn)
 
@@ -196,7 +200,10 @@ CASES = dict(
 EVEN,UNEVEN = [[4, 3, 4, 2, 4]]*2,[[1, 3, 4, 3, 4], [4, 3, 1, 3, 4]]
 SHARDED = dict(inputs=lambda: fit_lists(MixUp(1.), EVEN, net=sharded), hidden=lambda: fit_lists(ManifoldMixUp(1., **PLACES), EVEN, net=sharded),
     some=lambda: fit_lists(ManifoldMixUp(1., p=.5, **PLACES), UNEVEN, net=sharded),
-    found=lambda: fit_lists(ManifoldMixUp(1., p=.6, include_input=False), UNEVEN, net=sharded))
+    found=lambda: fit_lists(ManifoldMixUp(1., p=.6, include_input=False), UNEVEN, net=sharded),
+    halves=lambda: fit_lists(ManifoldMixUp(1., include_input=False, **PLACES), EVEN, net=halved),
+    **{f'asks_{k}': (lambda cb=cb: error(lambda: fit_lists(cb(), EVEN, net=sharded))) for k,cb in dict(
+        puzzle=lambda: PuzzleMix(p=.5), snap=SnapMix, trans=TransMix, random=lambda: RandomMix([MixUp(), PuzzleMix()]), around=lambda: RegMixUp(method=RandomMix([MixUp(), SnapMix()]))).items()})
 FOUR = 'inputs', 'hidden', 'some', 'beside_random', 'across', 'uneven4'
 CASES['uneven4'] = lambda: fit_lists(MixUp(1., pairing=AcrossRanks()), [[4, 3], [4, 1], [2, 2], [3, 4]])
 

@@ -245,6 +245,19 @@ def test_ranks_agree_on_the_place_of_sharded_parameters(sharded, name):
     assert both and all(a.place == b.place for a,b in both)
     if name != 'hidden': assert [p.mixed for p in sharded[0][name].pages] != [p.mixed for p in sharded[1][name].pages]
 
+def test_sharded_parameters_in_half_precision(sharded):
+    "The inputs that the model is given are copies in bfloat16: it is mixed all the same, as far as eight bits tell"
+    for pages in steps(sharded, 'halves'):
+        for p in pages:
+            M,(loss,_) = p.M,by_hand(p)
+            assert torch.equal(M, M.bfloat16().float()) and p.place in ('blocks.0', 'blocks.1') and ((M > 0).sum(1) == 2).all()
+            close(M.sum(1), torch.ones(len(M)), 1e-2)
+            close(p.loss, loss, 3e-2)
+
+@pytest.mark.parametrize('name,who', [('puzzle', 'PuzzleMix(alpha=1, p=0.5)'), ('snap', 'SnapMix'), ('trans', 'TransMix'), ('random', 'PuzzleMix'), ('around', 'SnapMix')])
+def test_who_would_wait_for_the_other_rank_is_refused(sharded, name, who):
+    for said in of(sharded, f'asks_{name}'): assert said.startswith(f'ValueError: {who}') and 'calls the model by itself' in said
+
 # DataParallel: replicas and the parts of a batch that they see, without GPUs
 
 class Replicas(nn.DataParallel):

@@ -10,10 +10,10 @@ from fastai.callback import fp16
 from fastai.callback.all import ChannelsLast, GradientAccumulation, MixedPrecision
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import resnet18
+from torchvision.models import VisionTransformer, resnet18
 
 from apps import close, quiet
-from fastai_mixup.all import CutMix, LabelSmoothingCE, ManifoldMixUp, MixUp, PuzzleMix
+from fastai_mixup.all import AlignMixUp, CutMix, LabelSmoothingCE, ManifoldMixUp, MixUp, PuzzleMix, SnapMix, TransMix
 
 BS,N,CLASSES = 6,4,3
 Y = torch.arange(BS*N).view(N, BS) % CLASSES
@@ -163,8 +163,49 @@ def test_compiled_loss(name, compiled):
         close(a.loss, b.loss, 1e-5)
         assert apart(a.grads, b.grads) < 1e-5
 
+@pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
 @pytest.mark.parametrize('kind', ['inputs', 'boxes'])
-def test_compiled_model(kind, plain):
+def test_compiled_model(kind, backend, plain):
     torch._dynamo.reset()
-    pages,_ = fit(kind, change=partial(torch.compile, backend='aot_eager'))
+    pages,_ = fit(kind, change=partial(torch.compile, backend=backend))
     check_against(plain[kind], pages, 1e-2)
+
+def patches():
+    "A small vision transformer"
+    return VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=16, num_classes=CLASSES)
+KINDS_INSIDE = dict(snap=(SnapMix, picture_net, pictures), trans=(TransMix, patches, pictures), hidden=KINDS['hidden'], align=(AlignMixUp, picture_net, pictures))
+
+def whole_and_part(net):
+    "A compiled layer inside of a model that is not"
+    net.layer1 = torch.compile(net.layer1, backend='eager')
+    return net
+
+def test_snapmix_looks_into_the_model_that_was_compiled(monkeypatch):
+    monkeypatch.setitem(KINDS, 'snap', KINDS_INSIDE['snap'])
+    torch._dynamo.reset()
+    ran = []
+    def backend(graph, inputs):
+        def run(*args): ran.append(len(args)); return graph(*args)
+        return run
+    plain,compiled = fit('snap')[0],fit('snap', change=partial(torch.compile, backend=backend))[0]
+    assert len(ran) == N
+    for a,b in zip(plain, compiled, strict=True):
+        close(a.pred, b.pred)
+        close(a.loss, b.loss, 1e-5)
+
+@pytest.mark.parametrize('kind,who,change', [
+    ('snap', 'SnapMix', in_place), ('snap', 'SnapMix', whole_and_part), ('trans', 'TransMix', torch.compile),
+    ('hidden', 'ManifoldMixUp', torch.compile), ('hidden', 'ManifoldMixUp', whole_and_part), ('align', 'AlignMixUp', torch.compile)])
+def test_methods_that_look_into_the_model_refuse_a_compiled_one(kind, who, change, monkeypatch):
+    monkeypatch.setitem(KINDS, kind, KINDS_INSIDE[kind])
+    with pytest.raises(ValueError, match=f'{who} cannot look into a compiled model'): fit(kind, change=change)
+
+def test_reentrant_checkpoints_are_named():
+    class Reentrant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem,self.inside,self.head = nn.Linear(27, 8),nn.Linear(8, 8),nn.Linear(8, CLASSES)
+        def forward(self, x): return self.head(checkpoint(self.inside, self.stem(x.flatten(1)), use_reentrant=True))
+    learn = quiet(Learner(DataLoaders([(torch.randn(6, 3, 3, 3), Y[0])], [], device='cpu'), Reentrant(), CrossEntropyLossFlat(), SGD, cbs=ManifoldMixUp(include_input=False)))
+    with pytest.warns(UserWarning, match='use_reentrant=True'): learn.fit(1)
+    assert learn.manifold_mix_up.layers == [learn.model.stem]
