@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #d123849e
+# %% ../nbs/08_manifold.ipynb #03935c86
 import random
 import sys
 import threading
@@ -31,7 +31,7 @@ from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .inputs import InputMixer, check_uncompiled, is_sharded, unwrapped
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #31e83efb
+# %% ../nbs/08_manifold.ipynb #790aad7b
 _CALL,_RUN = nn.Module._wrapped_call_impl.__code__,nn.Module._call_impl.__code__ # what was called, and what runs, by arguments that hooks may have changed
 
 def _frames():
@@ -112,7 +112,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #78190aee
+# %% ../nbs/08_manifold.ipynb #0d512709
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -161,7 +161,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #d014847d
+# %% ../nbs/08_manifold.ipynb #a733c7c7
 class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['alpha'])
