@@ -126,7 +126,7 @@ PARTS = {
     'augmented': [dict(methods=SHORT, augment=True)],
     'dose': [dict(methods=DOSES)],
     'epochs': [dict(methods=['none', 'MixUp(1)', WINNER], n=500, epochs=e) for e in (15, 30, 60, 120, 240)],
-    'corrupted': [dict(methods=['none', 'MixUp(1)', 'ManifoldMixUp(1)'], noise=s) for s in (0., .2, .4, .8)]}
+    'corrupted': [dict(methods=['none', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)'], noise=s) for s in (0., .2, .4, .8)]}
 DEFAULTS = dict(n=2000, epochs=40, noise=0., augment=False, held_out=0)
 
 
