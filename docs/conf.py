@@ -16,4 +16,6 @@ myst_enable_extensions = ['dollarmath', 'amsmath', 'attrs_inline']
 myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header']
 html_theme_options = dict(source_repository='https://github.com/fastai-mixup/fastai_mixup/', source_branch='main', source_directory='nbs/')
+html_static_path = [str(Path(__file__).parent/'static')]
+html_css_files = ['site.css']
 html_show_sphinx = False
