@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +22,24 @@ def build():
 def test_every_notebook_has_a_place(build):
     names = [p.stem for p in (root/'nbs').glob('*.ipynb')]
     text = build.contents(names)
-    assert sorted(re.findall(r'^(?!#|```|:)(\S+)$', text, re.M)) == sorted(names)
+    assert sorted(re.findall(r'^(?!#|```|:)(?:.+ <)?([^\s>]+)>?$', text, re.M)) == sorted(names)
     with pytest.raises(SystemExit, match='in no part of the table of contents: 50_new'): build.contents([*names, '50_new'])
 
 def test_idioms(build):
     assert build.as_markdown('## The plan -\n\nx - y [a](b.ipynb){target="_blank"} [c](../examples/d.py)') == (
         '## The plan\n\nx - y [a](b.ipynb) [c](https://github.com/fastai-mixup/fastai_mixup/blob/main/examples/d.py)')
+
+def test_short_names_lead_to_their_page(build):
+    page = 'https://fastai-mixup.github.io/fastai_mixup/callback.html#mixupcallback'
+    assert build.linked('# `MixUp`\n`MixUp` and `Plan`, [`MixUp`](there)') == f'# `MixUp`\n[`MixUp`]({page}) and `Plan`, [`MixUp`](there)'
+
+def test_published_links_stay_inside(build, tmp_path):
+    (tmp_path/'05_callback.html').write_text('<p id="draw-plans">')
+    (tmp_path/'index.html').write_text('<a href="https://fastai-mixup.github.io/fastai_mixup/callback.html#draw_plans">')
+    build.keep_inside(tmp_path)
+    assert (tmp_path/'index.html').read_text() == '<a href="05_callback.html#draw-plans">'
+    (tmp_path/'index.html').write_text('<a href="https://fastai-mixup.github.io/fastai_mixup/callback.html#gone">')
+    with pytest.raises(SystemExit, match='lead nowhere: .*callback.html#gone'): build.keep_inside(tmp_path)
 
 def test_cells(build):
     code = dict(cell_type='code', id='a', source='#| echo: false\n1+1', outputs=[], metadata={})
@@ -38,6 +51,8 @@ def test_no_stored_output_is_an_error():
     for path in (root/'nbs').glob('*.ipynb'):
         for cell in json.loads(path.read_text(encoding='utf-8'))['cells']: assert not any(o['output_type'] == 'error' for o in cell.get('outputs', []))
 
+def look(site): return subprocess.run([sys.executable, root/'docs/look.py', site], capture_output=True, text=True, timeout=550)
+
 def test_website(tmp_path):
     for package in 'sphinx', 'myst_nb', 'furo', 'latex2mathml': pytest.importorskip(package)
     done = subprocess.run([sys.executable, root/'docs/build.py', '--out', tmp_path], capture_output=True, text=True, timeout=500)
@@ -45,3 +60,9 @@ def test_website(tmp_path):
     for path in (root/'nbs').glob('*.ipynb'): assert (tmp_path/f'{path.stem}.html').exists()
     assert 'ManifoldMixUp'.lower() in (tmp_path/'searchindex.js').read_text(encoding='utf-8')
     for page in tmp_path.glob('*.html'): assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', page.read_text(encoding='utf-8')), page
+    if shutil.which('chromium') is None: return
+    seen = look(tmp_path)
+    assert seen.returncode == 0 and 'ManifoldMixUp is found on' in seen.stdout, seen.stderr[-3000:]
+    (tmp_path/'index.html').write_text('<!doctype html><img src="none.png"><script>nothing()</script><p style="width: 500px">x')
+    seen = look(tmp_path)
+    for what in 'index.html at 390 px: wider than the screen', 'index.html at 1280 px: no picture', 'nothing is not defined': assert what in seen.stderr, seen.stderr[-3000:]
