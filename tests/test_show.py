@@ -2,9 +2,11 @@
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, TensorImage, nn, set_seed
+from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from torch.nn.modules.module import _global_forward_hooks
 
 from apps import close
@@ -91,6 +93,23 @@ def test_words():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, CLASSES))
     table = learner(MixUp(1.), x, model).show_mixed_batch(3)
     assert len(table) == 3 and (table['weight'].astype(float) + table['weight of partner'].astype(float)).sub(1).abs().max() < .011
+
+def test_dicts():
+    class OfDict(nn.Linear):
+        def forward(self, item): return super().forward(item['numbers'])
+    items = [({'numbers': torch.full((4,), float(i)), 'kept': torch.tensor(True)}, i % CLASSES) for i in range(N)]
+    learn = learner(MixUp(1.), model=OfDict(4, CLASSES))
+    learn.dls = DataLoaders.from_dsets(items, items, bs=N, num_workers=0, device='cpu')
+    table = learn.show_mixed_batch(3)
+    assert len(table) == 3 and 'numbers' in table['item'][0]
+
+@pytest.mark.parametrize('inputs,names,numbers', [(None, True, True), ('x_cont', False, True), ('x_cat', True, False)])
+def test_what_is_left_out_of_a_table_is_shown_as_it_is(inputs, names, numbers):
+    df = pd.DataFrame(dict(name=[*'abcdefgh'], number=torch.arange(8.).numpy(), y=[*'uvuvuvuv']))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['name'], cont_names=['number'], y_names='y', valid_idx=[0], bs=4, device='cpu')
+    table = tabular_learner(dls, layers=[8], cbs=MixUp(1., inputs=inputs)).show_mixed_batch(4)
+    assert table['name'].str.contains('|', regex=False).any() == names
+    assert (table['number'].astype(float) % 1 > 0).any() == numbers
 
 @pytest.mark.parametrize('f,message', [(lambda: learner(MixUp(1.)).show_mixed_batch(0), 'max_n'), (lambda: plot_schedule(MixUp(), n_epoch=0), 'n_epoch'),
     (lambda: plot_schedule(ResizeMix()), 'cb must be a mixing callback'), (lambda: plot_schedule(None), 'cb must be a mixing callback'), (lambda: plot_lam(1., fold='no'), 'fold')])

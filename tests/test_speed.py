@@ -156,7 +156,7 @@ def test_refused_compiled():
         model = floats()
         if layers == '0': model[2].compile(backend='eager')
         else: model[2].forward = torch.compile(model[2].forward, backend='eager')
-        with pytest.raises(ValueError, match='cannot mix in a compiled model'):
+        with pytest.raises(ValueError, match='cannot look into a compiled model'):
             Learner(DataLoaders([(vectors(), labels())], []), model, CrossEntropyLossFlat(), cbs=ManifoldMixUp(layers=layers)).fit(1)
 
 def peak_of(batch, logits, cb, loss_func=None): return peak(bench.learner(batch, bench.GivenPredictions(logits), cb, loss_func, batches=4))
