@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/show.html.md"""
 # %% auto #0
 __all__ = ['plot_lam', 'plot_schedule', 'Peek', 'Shown', 'mixed_label']
 
-# %% ../nbs/22_show.ipynb #917ee951
+# %% ../nbs/22_show.ipynb #d87697d5
 import copy
 from contextlib import contextmanager
 from itertools import groupby
@@ -21,7 +21,7 @@ from fastai.tabular.core import TabularPandas
 from fastai.torch_core import TensorImageBase, show_image
 from fastai.vision.data import get_grid
 from fastcore.basics import patch
-from IPython.display import display
+from fastcore.imports import in_notebook
 from torch import Tensor
 
 from .callback import MixCallback
@@ -31,7 +31,7 @@ from .find import check_count
 from .indices import MixedIndex
 from .manifold import ManifoldMixUpCallback, _same_draws
 
-# %% ../nbs/22_show.ipynb #456bdef7
+# %% ../nbs/22_show.ipynb #64cfb46a
 def plot_lam(
     alpha=(.1, .4, 1., 4.), # One alpha or several, each from 1e-9 to 1e9
     fold:bool|None=None, # Of lam = max(lam, 1-lam)? `None` shows both
@@ -52,7 +52,7 @@ def plot_lam(
     axs[0].legend(frameon=False, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #4a47d012
+# %% ../nbs/22_show.ipynb #9688aca1
 class _Moment:
     "Stands for a Learner at one moment of its training"
     cbs = ()
@@ -77,7 +77,7 @@ def plot_schedule(
     ax.set(xlabel='epoch', ylabel='share of the partner', ylim=(0, .52), title=f'How much {cb!r} mixes')
     return ax
 
-# %% ../nbs/22_show.ipynb #9e79ff99
+# %% ../nbs/22_show.ipynb #7347b447
 @patch
 def plot_layers(self:ManifoldMixUpCallback,
     ax=None, # Axis to draw on
@@ -97,7 +97,7 @@ def plot_layers(self:ManifoldMixUpCallback,
     for side in 'left', 'right', 'top': ax.spines[side].set_visible(False)
     return ax
 
-# %% ../nbs/22_show.ipynb #c1ad8006
+# %% ../nbs/22_show.ipynb #fda9f5a6
 class Peek:
     "One training batch, as the callback of a Learner mixes it"
     def __init__(self,
@@ -158,7 +158,7 @@ class Peek:
         where = '' if self.place == 'input' else f", mixed at {getattr(self.place, 'name', self.place)}"
         return f'{self.cb!r}{where}'
 
-# %% ../nbs/22_show.ipynb #81876033
+# %% ../nbs/22_show.ipynb #a26e5b75
 class Shown:
     "The first items of a `Peek`, decoded as far as the DataLoader knows how: normalisation undone, categories and words by name"
     def __init__(self,
@@ -188,7 +188,7 @@ class Shown:
         "As text, for each item"
         return [mixed_label(a[self.n_inp], b[self.n_inp], *w) if len(a) > self.n_inp else f'{w[0]:.2f} + {w[1]:.2f}' for a,b,w in zip(self.own, self.partner, self.weights)]
 
-# %% ../nbs/22_show.ipynb #14c7b269
+# %% ../nbs/22_show.ipynb #bc3b926b
 def mixed_label(
     own, # Label of the item
     partner, # Label of its partner
@@ -201,7 +201,7 @@ def mixed_label(
     own,partner = (str(o.item() if isinstance(o, Tensor) else o) for o in (own, partner))
     return own if own == partner and abs(w+w1-1) < 1e-3 else f'{w:.2f} {own} + {w1:.2f} {partner}'
 
-# %% ../nbs/22_show.ipynb #46d7a953
+# %% ../nbs/22_show.ipynb #fa1aa82d
 def _as_picture(x):
     "Something that can be shown as a picture, or `None`"
     if isinstance(x, str) or not hasattr(x, 'shape') or (isinstance(x, Tensor) and not x.is_floating_point() and x.ndim < 2): return None
@@ -240,7 +240,7 @@ def _pictures(shown, axs, **kwargs):
             for ax,samples,title in zip(axs[2*i:2*i+2], (shown.own, shown.partner), (label, 'partner')): _show_one(_as_picture(samples[i][0]), ax, title)
     return axs
 
-# %% ../nbs/22_show.ipynb #f3c68ce7
+# %% ../nbs/22_show.ipynb #90c68f03
 def _signals(shown, axs, **kwargs):
     if axs is None: axs = _grid(shown, shown.n, min(shown.n, 3), side=2.4, **kwargs)
     for i,(ax,label) in enumerate(zip(axs, shown.labels)):
@@ -250,7 +250,7 @@ def _signals(shown, axs, **kwargs):
         ax.set_title(label, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #c282c457
+# %% ../nbs/22_show.ipynb #8bb21c73
 def _beside(own, partner, mixed):
     "A cell: the mixed number, or both"
     if isinstance(mixed, (float, np.floating)): return f'{mixed:.4g}'
@@ -276,12 +276,18 @@ def _other_rows(shown):
     return [{'weight': f'{w:.2f}', 'item': _short(a[0]), 'weight of partner': f'{w1:.2f}', 'partner': _short(b[0]), 'label': label}
             for a,b,(w,w1),label in zip(shown.own, shown.partner, shown.weights, shown.labels)]
 
+def _tell(table, title):
+    "A table in a notebook, text elsewhere"
+    if not in_notebook(): return print(f'{title}\n{table.to_string(index=False)}')
+    from IPython.display import display # which only notebooks have
+    with pd.option_context('display.max_colwidth', None): display(table.style.set_caption(title).hide())
+
 def _rows(shown, axs, **kwargs):
     res = pd.DataFrame(_table_rows(shown) if shown.of_table else _other_rows(shown))
-    with pd.option_context('display.max_colwidth', None): display(res.style.set_caption(shown.peek.title).hide())
+    _tell(res, shown.peek.title)
     return res
 
-# %% ../nbs/22_show.ipynb #a5c69817
+# %% ../nbs/22_show.ipynb #9aea5536
 def _shower(x):
     if _as_picture(x) is not None: return _pictures
     return _signals if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (1, 2) and x.shape[-1] > 3 else _rows

@@ -1,4 +1,7 @@
 "Pictures show what would be trained on, and change nothing."
+import subprocess
+import sys
+
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -93,6 +96,19 @@ def test_words():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, CLASSES))
     table = learner(MixUp(1.), x, model).show_mixed_batch(3)
     assert len(table) == 3 and (table['weight'].astype(float) + table['weight of partner'].astype(float)).sub(1).abs().max() < .011
+
+def test_without_a_notebook():
+    "Nothing is imported that only notebooks have, and tables are printed"
+    code = """
+import sys
+sys.modules.update({'IPython': None, 'IPython.display': None, 'jinja2': None, 'nbdev': None})
+from fastai.basics import *
+from fastai_mixup.all import *
+learn = Learner(DataLoaders([(torch.randint(1, 9, (4, 5)), torch.arange(4))], []), nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, 4)), CrossEntropyLossFlat(), cbs=MixUp())
+learn.show_mixed_batch(2)
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0 and 'weight of partner' in done.stdout and 'MixUp' in done.stdout, done.stderr[-2000:]
 
 def test_dicts():
     class OfDict(nn.Linear):
