@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/labels.html.md"""
 __all__ = ['SnapMix', 'TransMix', 'remix_lam', 'ReMix', 'activation_maps', 'share_in_box', 'SnapMixCallback', 'last_attention',
            'attention_of', 'patch_grid', 'TransMixCallback']
 
-# %% ../nbs/12_labels.ipynb #70c1a621
+# %% ../nbs/12_labels.ipynb #492c451e
 import weakref
 
 import torch
@@ -25,7 +25,7 @@ from .inputs import check_uncompiled, unwrapped
 from .manifold import _answering, _in_backward, _in_batch
 from .masks import CutMixCallback, MaskCallback, ResizePlan, _edges, _inside
 
-# %% ../nbs/12_labels.ipynb #a6b3d755
+# %% ../nbs/12_labels.ipynb #73dc7f7f
 def remix_lam(
     lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
     count:Tensor, # Number of items of its class, shape (n,)
@@ -61,14 +61,16 @@ class ReMix:
         return remix_lam(cb.plan.lam, own, partner, self.kappa, self.tau)
 
     def _counts(self, cb, y):
-        classes = cb.learn.pred.shape[1]
+        pred = cb.learn.pred
+        if pred.ndim < 2 or pred.shape[1] < 2: raise ValueError(f"labels={self!r} needs predictions with a column for each class, got shape {tuple(pred.shape)}")
+        classes = pred.shape[1]
         if self.counts is not None and len(self.counts) != classes: raise ValueError(f"counts must hold one number for each of the {classes} classes, got {len(self.counts)}")
         if self.counts is not None: return self.counts.to(y.device, non_blocking=True)
         if self not in cb.memory: cb.memory[self] = torch.zeros(classes, device=y.device)
         n = len(cb.memory[self])
         return cb.memory[self].index_add_(0, y.clamp(0, n-1), ((y >= 0) & (y < n)).float())
 
-# %% ../nbs/12_labels.ipynb #a81af16a
+# %% ../nbs/12_labels.ipynb #76d2ef00
 def activation_maps(
     model:nn.Module, # A classifier; is left as it was
     layer:nn.Module, # One of its layers, whose output has places
@@ -106,7 +108,7 @@ def share_in_box(
         maps = (maps*part.view(*part.shape, *[1]*(maps.ndim-2))).sum(1)
     return maps
 
-# %% ../nbs/12_labels.ipynb #6c53ca3d
+# %% ../nbs/12_labels.ipynb #54788a07
 def _shares(centre, side, size):
     "Edges of a box in whole places, as shares of each side"
     edges = [_edges(centre[:,dim], side.expand_as(centre)[:,dim], n) for dim,n in enumerate(size)]
@@ -167,7 +169,7 @@ class SnapMixCallback(MaskCallback):
 
 SnapMix = SnapMixCallback
 
-# %% ../nbs/12_labels.ipynb #204cd153
+# %% ../nbs/12_labels.ipynb #28fde654
 class _Found(Exception):
     "Carries the attention out of a layer"
 
@@ -240,7 +242,7 @@ def patch_grid(
     grids = [(h, n//h) for n,h in heights if h and n % h == 0 and error((h, n//h)) < max(size)]
     return min(grids, key=error, default=None)
 
-# %% ../nbs/12_labels.ipynb #81e30f5a
+# %% ../nbs/12_labels.ipynb #ee5d1194
 class _Noted:
     "Notes what a layer is given while the model of `learn` answers to its batch, as long as `plan` lives"
     def __init__(self, layer, learn, plan):

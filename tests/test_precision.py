@@ -89,9 +89,9 @@ def plain(): return {kind: fit(kind)[0] for kind in KINDS}
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    "fastai's `MixedPrecision` asks for CUDA by name"
-    monkeypatch.setattr(fp16, 'autocast', lambda device,dtype: torch.autocast('cpu', dtype))
-    monkeypatch.setattr(fp16, 'GradScaler', lambda device,**kwargs: torch.amp.GradScaler('cpu', **kwargs))
+    "fastai's `MixedPrecision` asks for CUDA by name, or by default"
+    monkeypatch.setattr(fp16, 'autocast', lambda *device,dtype: torch.autocast('cpu', dtype))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda *device,**kwargs: torch.amp.GradScaler('cpu', **kwargs))
 
 @each_net
 def test_channels_last(kind, plain):
