@@ -237,7 +237,7 @@ PARTS = dict(two=lambda: run({n: c for n,c in CASES.items() if n != 'uneven4'}),
 def be(rank, world, folder, part):
     torch.set_num_threads(1) # before threads race for the pool that the fork has broken
     os.environ.update({'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '0'})
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world, timeout=timedelta(seconds=20 if part.startswith('dies') else 120))
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world, timeout=timedelta(seconds=20 if part.startswith('dies') else 300))
     torch.save(PARTS[part](), f'{folder}/{rank}')
     if not part.startswith('dies'): dist.barrier() # who leaves first closes what the other may still read from
 
