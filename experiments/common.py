@@ -47,6 +47,12 @@ class Table:
             writer.writerow(row)
 
 
+def check_positive(**numbers):
+    "Leave with a message that names the first that is below 1"
+    for name,value in numbers.items():
+        if value < 1: raise SystemExit(f"--{name} must be a whole number from 1 up, got {value}")
+
+
 def run_all(table, jobs, run):
     "Run each of `jobs`, (key, arguments of `run`), that is not in `table` yet; `run` returns the scores"
     for key,args in progress_bar(jobs):

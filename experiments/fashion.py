@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, Table, class_scores, report, run_all, text
+from common import RESULTS, Table, check_positive, class_scores, report, run_all, text
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 from fastai.callback.mixup import CutMix as FastaiCutMix, MixUp as FastaiMixUp
 from fastai.callback.schedule import SchedLin
@@ -31,7 +31,7 @@ def idx(path, skip):
 def fashion(folder):
     "Images with mean 0 and deviation 1, and labels, of the training and the test set"
     found = {p.name: p for p in Path(folder).rglob('*ubyte.gz')}
-    if len(found) < 4: raise SystemExit(f"--data must be a folder with the four files of Fashion-MNIST, got {folder!r}. See --help for how to get them.")
+    if len(found) < 4: raise SystemExit(f"--data must be a folder with the four files of Fashion-MNIST, got {folder!r}. The head of this script says how to get them.")
     def part(name): return (idx(found[f'{name}-images-idx3-ubyte.gz'], 16).view(-1, 1, 28, 28)/255 - .286)/.353, idx(found[f'{name}-labels-idx1-ubyte.gz'], 8).long()
     return part('train'),part('t10k')
 
@@ -157,6 +157,7 @@ def main(
     if part not in PARTS: raise SystemExit(f"--part must be one of {', '.join(PARTS)}, got {part!r}")
     chosen = methods.split(';') if methods else []
     if set(chosen) - set(METHODS): raise SystemExit(f"--methods must be some of {'; '.join(METHODS)}, got {methods!r}")
+    check_positive(seeds=seeds, threads=threads)
     torch.set_num_threads(threads)
     sets,table = fashion(data),Table('fashion', results)
     settings = [(chosen or s['methods'], DEFAULTS | {k: v for k,v in s.items() if k != 'methods'}) for s in PARTS[part]]

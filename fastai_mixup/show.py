@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/show.html.md"""
 # %% auto #0
 __all__ = ['plot_lam', 'plot_schedule', 'Peek', 'Shown', 'mixed_label']
 
-# %% ../nbs/22_show.ipynb #a6620190
+# %% ../nbs/22_show.ipynb #07bd2d44
 import copy
 from contextlib import contextmanager
 from itertools import groupby
@@ -31,7 +31,7 @@ from .find import check_count
 from .indices import MixedIndex
 from .manifold import ManifoldMixUpCallback, _same_draws
 
-# %% ../nbs/22_show.ipynb #9848a87b
+# %% ../nbs/22_show.ipynb #92691c4d
 def plot_lam(
     alpha=(.1, .4, 1., 4.), # One alpha or several, each from 1e-9 to 1e9
     fold:bool|None=None, # Of lam = max(lam, 1-lam)? `None` shows both
@@ -52,7 +52,7 @@ def plot_lam(
     axs[0].legend(frameon=False, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #c3a98f78
+# %% ../nbs/22_show.ipynb #7a45c458
 class _Moment:
     "Stands for a Learner at one moment of its training"
     cbs = ()
@@ -77,7 +77,7 @@ def plot_schedule(
     ax.set(xlabel='epoch', ylabel='share of the partner', ylim=(0, .52), title=f'How much {cb!r} mixes')
     return ax
 
-# %% ../nbs/22_show.ipynb #a8412031
+# %% ../nbs/22_show.ipynb #22af10b8
 @patch
 def plot_layers(self:ManifoldMixUpCallback,
     ax=None, # Axis to draw on
@@ -97,7 +97,7 @@ def plot_layers(self:ManifoldMixUpCallback,
     for side in 'left', 'right', 'top': ax.spines[side].set_visible(False)
     return ax
 
-# %% ../nbs/22_show.ipynb #0975618b
+# %% ../nbs/22_show.ipynb #3366e7e3
 class Peek:
     "One training batch, as the callback of a Learner mixes it"
     def __init__(self,
@@ -158,7 +158,7 @@ class Peek:
         where = '' if self.place == 'input' else f", mixed at {getattr(self.place, 'name', self.place)}"
         return f'{self.cb!r}{where}'
 
-# %% ../nbs/22_show.ipynb #0700fcbd
+# %% ../nbs/22_show.ipynb #6d37065c
 class Shown:
     "The first items of a `Peek`, decoded as far as the DataLoader knows how: normalisation undone, categories and words by name"
     def __init__(self,
@@ -188,7 +188,7 @@ class Shown:
         "As text, for each item"
         return [mixed_label(a[self.n_inp], b[self.n_inp], *w) if len(a) > self.n_inp else f'{w[0]:.2f} + {w[1]:.2f}' for a,b,w in zip(self.own, self.partner, self.weights)]
 
-# %% ../nbs/22_show.ipynb #6328093e
+# %% ../nbs/22_show.ipynb #1f635893
 def mixed_label(
     own, # Label of the item
     partner, # Label of its partner
@@ -201,7 +201,7 @@ def mixed_label(
     own,partner = (str(o.item() if isinstance(o, Tensor) else o) for o in (own, partner))
     return own if own == partner and abs(w+w1-1) < 1e-3 else f'{w:.2f} {own} + {w1:.2f} {partner}'
 
-# %% ../nbs/22_show.ipynb #4cc27e02
+# %% ../nbs/22_show.ipynb #c4506a28
 def _as_picture(x):
     "Something that can be shown as a picture, or `None`"
     if isinstance(x, str) or not hasattr(x, 'shape') or (isinstance(x, Tensor) and not x.is_floating_point() and x.ndim < 2): return None
@@ -240,7 +240,7 @@ def _pictures(shown, axs, **kwargs):
             for ax,samples,title in zip(axs[2*i:2*i+2], (shown.own, shown.partner), (label, 'partner')): _show_one(_as_picture(samples[i][0]), ax, title)
     return axs
 
-# %% ../nbs/22_show.ipynb #24a88bce
+# %% ../nbs/22_show.ipynb #246ce4b3
 def _signals(shown, axs, **kwargs):
     if axs is None: axs = _grid(shown, shown.n, min(shown.n, 3), side=2.4, **kwargs)
     for i,(ax,label) in enumerate(zip(axs, shown.labels)):
@@ -250,7 +250,7 @@ def _signals(shown, axs, **kwargs):
         ax.set_title(label, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #40872bd9
+# %% ../nbs/22_show.ipynb #628f0940
 def _beside(own, partner, mixed):
     "A cell: the mixed number, or both"
     if isinstance(mixed, (float, np.floating)): return f'{mixed:.4g}'
@@ -287,7 +287,7 @@ def _rows(shown, axs, **kwargs):
     _tell(res, shown.peek.title)
     return res
 
-# %% ../nbs/22_show.ipynb #999037f2
+# %% ../nbs/22_show.ipynb #425d572c
 def _shower(x):
     if _as_picture(x) is not None: return _pictures
     return _signals if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (1, 2) and x.shape[-1] > 3 else _rows

@@ -11,6 +11,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn
 sys.path.insert(0, str(Path(__file__).parent.parent/'experiments'))
 import common
 import fashion
+import others
 import tables
 
 torch.set_num_threads(1)
@@ -74,3 +75,7 @@ def test_parts_of_tables_do_not_overlap_and_are_scaled_by_the_training_set():
     assert [len(p[0]) for p in (train, valid, test)] == [60, 20, 20]
     assert len(torch.cat([p[0] for p in (train, valid, test)]).unique()) == 100
     assert abs(train[0].mean()) < 1e-5 and train[1].std(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+@pytest.mark.parametrize('script,option', [(fashion, 'seeds'), (fashion, 'threads'), (tables, 'epochs'), (others, 'seeds')])
+def test_counts_below_one_are_refused(script, option):
+    with pytest.raises(SystemExit, match=f'--{option} must be a whole number from 1 up, got 0'): script.main(**{option: 0})

@@ -200,6 +200,27 @@ def test_methods_that_look_into_the_model_refuse_a_compiled_one(kind, who, chang
     monkeypatch.setitem(KINDS, kind, KINDS_INSIDE[kind])
     with pytest.raises(ValueError, match=f'{who} cannot look into a compiled model'): fit(kind, change=change)
 
+@pytest.mark.parametrize('again,grad,refused', [(True, True, True), (True, False, False), (False, True, False)])
+def test_who_runs_again_in_the_backward_pass_must_be_known(again, grad, refused):
+    "The recomputed pass of a callback's own call must not be mixed with that of the batch"
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem,self.mid,self.head = nn.Linear(27, 8).requires_grad_(False),nn.Linear(8, 8),nn.Linear(8, CLASSES)
+        def part(self, x): return self.mid(self.stem(x.flatten(1)).tanh()).tanh()
+        def forward(self, x): return self.head(checkpoint(self.part, x, use_reentrant=False) if again else self.part(x))
+    class Clean(Callback):
+        order,run_valid = 50,False
+        def after_loss(self):
+            with torch.set_grad_enabled(grad): clean = F.cross_entropy(self.model(self.x.clone()), self.y)
+            self.learn.loss_grad = self.learn.loss_grad + clean
+    torch.manual_seed(0)
+    batches = [(torch.randn(6, 3, 3, 3), y) for y in Y]
+    learn = quiet(Learner(DataLoaders(batches, [], device='cpu'), Frozen(), CrossEntropyLossFlat(), SGD, cbs=[ManifoldMixUp(1., layers='stem', include_input=False), Clean()]))
+    if refused:
+        with pytest.raises(RuntimeError, match='stem runs again in the backward pass'): learn.fit(1)
+    else: learn.fit(1)
+
 def test_reentrant_checkpoints_are_named():
     class Reentrant(nn.Module):
         def __init__(self):
