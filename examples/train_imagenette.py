@@ -19,10 +19,22 @@ from fastai_mixup.all import *
 
 ARCHS = {f.__name__: f for f in (xresnet18, xresnet34, xresnet50, xresnet101, xresnext50)}
 OPTIMIZERS = {'ranger': ranger, 'adam': Adam, 'rms': RMSProp, 'sgd': SGD}
+ACTIVATIONS = {f.__name__: f for f in (Mish, Swish, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish)}
+POOLS = {'AvgPool': AvgPool, 'MaxPool': MaxPool}
 
 
 def check(ok, name, allowed, got):
     if not ok: raise SystemExit(f"--{name} must be {allowed}, got {got!r}")
+
+
+def check_each(is_ok, allowed, **dials):
+    for name,got in dials.items(): check(is_ok(got), name, allowed, got)
+
+
+def one_of(choices, name, got):
+    "The choice of that name"
+    check(got in choices, name, f"one of {', '.join(choices)}", got)
+    return choices[got]
 
 
 def images(data, size, woof):
@@ -75,7 +87,7 @@ def main(
     manifold:float=0., # alpha of ManifoldMixUp
     smoothing:float=.1, # Label smoothing, in [0, 1]
     arch:str='xresnet50', # xresnet18, xresnet34, xresnet50, xresnet101 or xresnext50
-    act:str='Mish', # Activation: Mish, ReLU, Swish, GELU or any other of torch.nn or fastai
+    act:str='Mish', # Activation: Mish, Swish, ReLU, LeakyReLU, ELU, GELU, SiLU or Hardswish
     sa:store_true=False, # Self-attention in the first stages
     sym:store_true=False, # Symmetric self-attention
     pool:str='AvgPool', # Pooling of the stem's and the residual paths: AvgPool or MaxPool
@@ -91,11 +103,12 @@ def main(
     seed:int=None, # Of the first run; the next one has the next
 ):
     "Train and print the accuracy of each run on the validation set"
-    check(arch in ARCHS, 'arch', f"one of {', '.join(ARCHS)}", arch)
-    check(opt in OPTIMIZERS, 'opt', f"one of {', '.join(OPTIMIZERS)}", opt)
-    check(epochs > 0 and runs > 0, 'epochs', 'at least 1, and so must --runs', epochs)
-    act_cls = globals().get(act) or getattr(nn, act, None)
-    check(isinstance(act_cls, type), 'act', 'the name of an activation', act)
+    make,opt_func,act_cls,pooling = one_of(ARCHS, 'arch', arch),one_of(OPTIMIZERS, 'opt', opt),one_of(ACTIVATIONS, 'act', act),one_of(POOLS, 'pool', pool)
+    check_each(lambda v: v >= 1, 'a whole number from 1 up', size=size, epochs=epochs, runs=runs, bs=bs)
+    check_each(lambda v: 0 <= v < float('inf'), 'a number from 0 up', mixup=mixup, cutmix=cutmix, manifold=manifold, wd=wd, workers=workers)
+    check_each(lambda v: 0 < v < float('inf'), 'a number above 0', lr=lr, eps=eps)
+    check_each(lambda v: 0 <= v < 1, 'a number in [0, 1)', mom=mom, sqrmom=sqrmom)
+    check(0 <= smoothing <= 1, 'smoothing', 'a number in [0, 1]', smoothing)
     mixing(mixup, cutmix, manifold)
     path = images(data, size, woof)
     classes = sum(p.is_dir() for p in (path/'train').iterdir())
@@ -107,9 +120,10 @@ def main(
     scores = []
     for run in range(runs):
         if seed is not None: set_seed(seed+run)
-        model = ARCHS[arch](n_out=classes, act_cls=act_cls, sa=sa, sym=sym, pool=globals()[pool])
+        model = make(n_out=classes, act_cls=act_cls, sa=sa, sym=sym, pool=pooling)
         dls = loaders(path, size, bs, workers)
-        learn = Learner(dls, model, loss_func=LabelSmoothingCE(smoothing), opt_func=partial(OPTIMIZERS[opt], **dials),
+        check(len(dls.train), 'bs', f'at most the {len(dls.train_ds)} images of the training set', bs)
+        learn = Learner(dls, model, loss_func=LabelSmoothingCE(smoothing), opt_func=partial(opt_func, **dials),
                         metrics=[accuracy, *[top_k_accuracy]*(classes > 5)], cbs=mixing(mixup, cutmix, manifold))
         if fp16: learn.to_fp16()
         with learn.distrib_ctx(sync_bn=False, cpu=not torch.cuda.is_available()) if num_distrib() else nullcontext(): learn.fit_flat_cos(epochs, lr, wd=wd)

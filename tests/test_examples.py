@@ -35,8 +35,17 @@ def test_two_processes(folder):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('Run 0: ') == 1 and '/3 ' in done.stdout # 12 of the 24 images on each, four at a time
 
-@pytest.mark.parametrize('dials,said', [(dict(data='nowhere'), "--data must be a folder in Imagenette's layout"), (dict(arch='vgg'), '--arch must be one of xresnet18'),
-                                        (dict(manifold=.2, mixup=.2), '--manifold must be 0 beside --mixup'), (dict(act='Nothing'), '--act must be the name of an activation')])
+def test_by_accelerate(folder):
+    options = [o for k,v in small(folder).items() for o in (f'--{k}', str(v))]
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1', SCRIPT, *options, '--cutmix', '1'],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count('Run 0: ') == 1, done.stderr[-2000:]
+
+@pytest.mark.parametrize('dials,said', [
+    (dict(data='nowhere'), "data must be a folder in Imagenette's layout"), (dict(arch='vgg'), 'arch must be one of xresnet18'), (dict(act='Linear'), 'act must be one of Mish'),
+    (dict(pool='Pool'), 'pool must be one of AvgPool, MaxPool'), (dict(opt='lamb'), 'opt must be one of ranger'), (dict(manifold=.2, mixup=.2), 'manifold must be 0 beside --mixup'),
+    *[({name: value}, f'{name} must be .*, got {value}') for name,value in dict(size=0, epochs=0, runs=0, bs=0, mixup=-1., cutmix=-1., manifold=float('nan'), wd=-1., workers=-1,
+                                                                              lr=-1., eps=0., mom=1., sqrmom=-.1, smoothing=2.).items()],
+    (dict(bs=1000), 'bs must be at most the 24 images')], ids=lambda o: '-'.join(o) if isinstance(o, dict) else '')
 def test_what_makes_no_sense_is_refused(folder, dials, said):
-    with pytest.raises(SystemExit, match=said): main(**(small(folder) | dials))
-    with pytest.raises(ValueError, match='alpha must be'): main(**(small(folder) | dict(mixup=-1.)))
+    with pytest.raises(SystemExit, match=f'^--{said}'): main(**(small(folder) | dials))
