@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 __all__ = ['MixUp', 'check_p', 'dial_at', 'check_dial', 'check_moment', 'check_window', 'check_callable', 'check_leaves',
            'check_pairs', 'check_label_lam', 'Scheduled', 'MixCallback', 'MixUpCallback', 'AroundCallback']
 
-# %% ../nbs/05_callback.ipynb #6ec4e32a
+# %% ../nbs/05_callback.ipynb #f124cd20
 import inspect
 import sys
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .core import ALPHA_MIN, DrawnAhead, Others, Plan, check_alpha, check_choice
 from .inputs import InputMixer, check_inputs_option, is_sharded
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #97abc487
+# %% ../nbs/05_callback.ipynb #a2c075d3
 _FIRST,_LAST = float('-inf'),float('inf')
 
 def _check_generator(generator):
@@ -188,7 +188,7 @@ class MixCallback(Callback):
         asks = next((m for m in (self, *self.inner_methods()) if m.asks_model and m.alpha != 0), None)
         if asks is not None and any(map(is_sharded, self.learn.model.modules())): raise ValueError(
             f"{asks} calls the model by itself, and a model of which each rank holds a part (FSDP) answers only if all ranks call it: one that "
-            "leaves a batch alone would be waited for without end. Use `MixUp`, `CutMix` or `ManifoldMixUp`.")
+            "leaves a batch alone would be waited for without end. Use a method that does not, such as `MixUp`, `CutMix` or `ManifoldMixUp`.")
 
     def before_train(self):
         "A stateful model begins anew, and so may its plan"
@@ -370,7 +370,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #bfa36326
+# %% ../nbs/05_callback.ipynb #639f93c2
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()
@@ -378,7 +378,7 @@ class MixUpCallback(MixCallback):
 
 MixUp = MixUpCallback
 
-# %% ../nbs/05_callback.ipynb #067f6ed2
+# %% ../nbs/05_callback.ipynb #0507ff2a
 class AroundCallback(MixCallback):
     "Base of the callbacks that may mix by the method of another"
     def __init__(self,
