@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/show.html.md"""
 # %% auto #0
 __all__ = ['plot_lam', 'plot_schedule', 'Peek', 'Shown', 'mixed_label']
 
-# %% ../nbs/22_show.ipynb #07bd2d44
+# %% ../nbs/22_show.ipynb #217b769d
 import copy
 from contextlib import contextmanager
 from itertools import groupby
@@ -31,7 +31,7 @@ from .find import check_count
 from .indices import MixedIndex
 from .manifold import ManifoldMixUpCallback, _same_draws
 
-# %% ../nbs/22_show.ipynb #92691c4d
+# %% ../nbs/22_show.ipynb #fadadc08
 def plot_lam(
     alpha=(.1, .4, 1., 4.), # One alpha or several, each from 1e-9 to 1e9
     fold:bool|None=None, # Of lam = max(lam, 1-lam)? `None` shows both
@@ -52,7 +52,7 @@ def plot_lam(
     axs[0].legend(frameon=False, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #7a45c458
+# %% ../nbs/22_show.ipynb #2580df63
 class _Moment:
     "Stands for a Learner at one moment of its training"
     cbs = ()
@@ -77,27 +77,31 @@ def plot_schedule(
     ax.set(xlabel='epoch', ylabel='share of the partner', ylim=(0, .52), title=f'How much {cb!r} mixes')
     return ax
 
-# %% ../nbs/22_show.ipynb #22af10b8
+# %% ../nbs/22_show.ipynb #ff7feff7
 @patch
 def plot_layers(self:ManifoldMixUpCallback,
     ax=None, # Axis to draw on
 ): # The axis
-    "Plot the layers that can be mixed over the depth of the model, and which are in use"
+    "Plot the layers that can be mixed over the depth of the model, and which are in use; names where there is room"
     used = self.layers
-    if ax is None: _,ax = plt.subplots(figsize=(8, 1.8), layout='constrained')
+    def mixed(cuts): return [c for c in cuts if any(c.module is m for m in used)]
+    spots = [(depth, list(cuts)) for depth,cuts in groupby(sorted(self.cuts, key=lambda c: c.depth), lambda c: c.depth)]
+    named = [depth for depth,cuts in spots if mixed(cuts)]
+    if ax is None: _,ax = plt.subplots(figsize=(8, 2.4), layout='constrained')
     ax.axhline(0, color='.7', zorder=0)
     if self.include_input: ax.plot(0, 0, 's', color='C1', ms=9)
-    for depth,cuts in groupby(sorted(self.cuts, key=lambda c: c.depth), lambda c: c.depth):
-        cuts = list(cuts)
-        there = [c for c in cuts if any(c.module is m for m in used)]
+    for depth,cuts in spots:
+        there = mixed(cuts)
         ax.plot(depth, 0, 'o', mfc='C1' if there else 'none', mec='C1' if there else 'C0', ms=9 if there else 7)
-        name = (there or cuts)[0].name + (f' … {cuts[-1].name}' if len(cuts) > 1 and not there else '')
+        if not there and any(abs(depth-d) < .03 for d in named): continue
+        named.append(depth)
+        name = (there or cuts)[0].name + ' …'*(len(cuts) > 1 and not there)
         ax.annotate(name, (depth, 0), xytext=(0, 9), textcoords='offset points', rotation=50, fontsize='small', color='C1' if there else 'C0')
-    ax.set(xlim=(-.03, 1.05), ylim=(-.5, 2.2), yticks=[], xlabel='share of the layers that have answered', title=f'{len(used)} of {len(self.cuts)} layers are mixed{", and the input" if self.include_input else ""}')
+    ax.set(xlim=(-.03, 1.12), ylim=(-.4, 3.2), yticks=[], xlabel='share of the layers that have answered', title=f'{len(used)} of {len(self.cuts)} layers are mixed{", and the input" if self.include_input else ""}')
     for side in 'left', 'right', 'top': ax.spines[side].set_visible(False)
     return ax
 
-# %% ../nbs/22_show.ipynb #3366e7e3
+# %% ../nbs/22_show.ipynb #4a82053f
 class Peek:
     "One training batch, as the callback of a Learner mixes it"
     def __init__(self,
@@ -158,7 +162,7 @@ class Peek:
         where = '' if self.place == 'input' else f", mixed at {getattr(self.place, 'name', self.place)}"
         return f'{self.cb!r}{where}'
 
-# %% ../nbs/22_show.ipynb #6d37065c
+# %% ../nbs/22_show.ipynb #2c963e35
 class Shown:
     "The first items of a `Peek`, decoded as far as the DataLoader knows how: normalisation undone, categories and words by name"
     def __init__(self,
@@ -188,7 +192,7 @@ class Shown:
         "As text, for each item"
         return [mixed_label(a[self.n_inp], b[self.n_inp], *w) if len(a) > self.n_inp else f'{w[0]:.2f} + {w[1]:.2f}' for a,b,w in zip(self.own, self.partner, self.weights)]
 
-# %% ../nbs/22_show.ipynb #1f635893
+# %% ../nbs/22_show.ipynb #4dbdef5d
 def mixed_label(
     own, # Label of the item
     partner, # Label of its partner
@@ -201,7 +205,7 @@ def mixed_label(
     own,partner = (str(o.item() if isinstance(o, Tensor) else o) for o in (own, partner))
     return own if own == partner and abs(w+w1-1) < 1e-3 else f'{w:.2f} {own} + {w1:.2f} {partner}'
 
-# %% ../nbs/22_show.ipynb #c4506a28
+# %% ../nbs/22_show.ipynb #ae8817d2
 def _as_picture(x):
     "Something that can be shown as a picture, or `None`"
     if isinstance(x, str) or not hasattr(x, 'shape') or (isinstance(x, Tensor) and not x.is_floating_point() and x.ndim < 2): return None
@@ -240,7 +244,7 @@ def _pictures(shown, axs, **kwargs):
             for ax,samples,title in zip(axs[2*i:2*i+2], (shown.own, shown.partner), (label, 'partner')): _show_one(_as_picture(samples[i][0]), ax, title)
     return axs
 
-# %% ../nbs/22_show.ipynb #246ce4b3
+# %% ../nbs/22_show.ipynb #c7a5ba4c
 def _signals(shown, axs, **kwargs):
     if axs is None: axs = _grid(shown, shown.n, min(shown.n, 3), side=2.4, **kwargs)
     for i,(ax,label) in enumerate(zip(axs, shown.labels)):
@@ -250,7 +254,7 @@ def _signals(shown, axs, **kwargs):
         ax.set_title(label, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #628f0940
+# %% ../nbs/22_show.ipynb #45d21bfd
 def _beside(own, partner, mixed):
     "A cell: the mixed number, or both"
     if isinstance(mixed, (float, np.floating)): return f'{mixed:.4g}'
@@ -287,7 +291,7 @@ def _rows(shown, axs, **kwargs):
     _tell(res, shown.peek.title)
     return res
 
-# %% ../nbs/22_show.ipynb #425d572c
+# %% ../nbs/22_show.ipynb #9f6b64c1
 def _shower(x):
     if _as_picture(x) is not None: return _pictures
     return _signals if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (1, 2) and x.shape[-1] > 3 else _rows
