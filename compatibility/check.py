@@ -152,7 +152,7 @@ def save(rows, path):
 
 def show(rows):
     for r in rows:
-        print(f"{r['library']:14}{r['model']:50}{r['MixUp'][:30]:32}{r['ManifoldMixUp'][:30]:32}{r['hidden layers']}")
+        print(f"{r['library']:18}{r['model']:50}{r['MixUp'][:30]:32}{r['ManifoldMixUp'][:30]:32}{r['hidden layers']}")
         for name in CALLBACKS:
             if r[name] != 'checked': print(textwrap.indent(textwrap.fill(f'{name}: {r[name]}', 150), '    '))
 
