@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import nbdev.showdoc
+from entries import Entry
 from fastcore.script import call_parse
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
@@ -22,9 +24,7 @@ import fastai_mixup.all
 
 root = Path(__file__).resolve().parent.parent
 REPOSITORY = 'https://github.com/fastai-mixup/fastai_mixup/blob/main/'
-PARTS = {'Begin': ['index', '39_*', '40_*'], 'Tutorials': ['3?_*'], 'Methods': ['05_*', '06_*', '08_*', '09_*', '1?_*'], 'Tools': ['2?_*'], 'Evidence': ['9[1-9]_*'], 'Under the hood': ['00_*', '01_*', '02_*', '03_*', '04_*', '07_*', '90_*']}
-
-TITLES = {'05_callback': 'MixUp', '09_masks': 'CutMix and its kin', '10_choice': 'RandomMix', '11_pairing': 'Partners', '12_labels': 'ReMix, SnapMix, TransMix', '90_all': 'All names'}
+PARTS = {'Begin': ['index', '39_*', '40_*'], 'Tutorials': [*(f'{n}_*' for n in (31, 32, 33, 34, 35, 36, 38, 37, 30))], 'Methods': ['05_*', '06_*', '08_*', '09_*', '1?_*'], 'Tools': ['2?_*'], 'Evidence': ['9[1-9]_*'], 'Under the hood': ['00_*', '01_*', '02_*', '03_*', '04_*', '07_*', '90_*']}
 
 
 def contents(names):
@@ -33,8 +33,7 @@ def contents(names):
     for part,patterns in PARTS.items():
         mine = [n for p in patterns for n in left if Path(n).match(p)]
         left = [n for n in left if n not in mine]
-        entries = [f'{TITLES[n]} <{n}>' if n in TITLES else n for n in mine]
-        parts.append('\n'.join(['```{toctree}', f':caption: {part}', ':maxdepth: 1', '', *entries, '```']))
+        parts.append('\n'.join(['```{toctree}', f':caption: {part}', ':maxdepth: 1', '', *mine, '```']))
     if left: raise SystemExit(f"These notebooks are in no part of the table of contents: {', '.join(left)}")
     return '\n\n'.join(['# Contents', *parts]) + '\n'
 
@@ -55,8 +54,7 @@ def linked(text):
 
 
 def as_markdown(text):
-    "A cell without the idioms of nbdev and Quarto: headings that end with a dash, attributes of links; links into the repository made whole"
-    text = re.sub(r'^(#+ .*?) -$', r'\1', text, flags=re.M)
+    "A cell without Quarto's attributes of links, and with links into the repository made whole"
     text = re.sub(r'(\]\([^)]*\))\{[^}]*\}', r'\1', text)
     return re.sub(r'\]\(\.\./(?!nbs/)([^)]+)\)', rf']({REPOSITORY}\1)', text)
 
@@ -104,6 +102,7 @@ def main(
 ):
     "Build the website"
     os.chdir(root)
+    nbdev.showdoc.BasicMarkdownRenderer = Entry
     processed,out = Path(proc_nbs(n_workers=0)),Path(out).resolve()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

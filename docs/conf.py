@@ -12,6 +12,7 @@ root_doc = 'contents'
 exclude_patterns = ['_build']
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_render_markdown_format = 'gfm'
 myst_enable_extensions = ['dollarmath', 'amsmath', 'attrs_inline']
 myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header']

@@ -67,26 +67,33 @@ def table(scores):
     return '\n'.join(lines)
 
 
-def picture(scores, alpha, train, title, path):
-    "Left, mixed digits as the model sees them; right, every run as a dot, with lines that join the runs of a seed"
+def mixed(alpha, x, y):
+    "What the model sees of a batch, with the weights and labels of both parts in words"
     learn = Learner(DataLoaders([], [], device='cpu'), nn.Flatten(), CrossEntropyLossFlat(), cbs=MixUp(alpha))
     set_seed(0)
-    learn.training,learn.xb,learn.yb = True,(train[0][:12],),(train[1][:12],)
+    learn.training,learn.xb,learn.yb = True,(x,),(y,)
     learn('before_batch')
-    lam,partner = (learn.mix_up.plan.lam, learn.mix_up.plan.index) if learn.mix_up.plan else (torch.ones(12), torch.arange(12))
-    y = train[1]
-    fig = plt.figure(figsize=(11, 4), layout='constrained')
-    left,right = fig.subfigures(1, 2, width_ratios=(1, 1.3))
-    left.suptitle('What the model sees: weight and label of each part', fontsize=10)
-    for i,ax in enumerate(left.subplots(3, 4).flat):
-        ax.imshow(learn.x[i].view(8, 8), cmap='gray_r')
-        ax.set_title(f'{lam[i]:.0%} “{y[i]}”, {1-lam[i]:.0%} “{y[partner[i]]}”', fontsize=7)
+    plan = learn.mix_up.plan
+    lam,partner = (plan.lam, plan.index) if plan else (torch.ones(len(x)), torch.arange(len(x)))
+    return learn.x,[f'{l:.0%} “{a}”, {1-l:.0%} “{b}”' for l,a,b in zip(lam.tolist(), y, y[partner])]
+
+
+def picture(scores, alpha, train, title, path):
+    "Left, digits of `train` as the model sees them; right, every run as a dot, with lines that join the runs of a seed"
+    fig = plt.figure(figsize=(10, 4), layout='constrained')
+    left,right = fig.subfigures(1, 2, width_ratios=(1, 1.2))
+    left.suptitle('What the model sees, and what it is to answer', fontsize=12)
+    shown = torch.stack([(train[1] == digit).nonzero()[0,0] for digit in (0, 1, 3, 4, 6, 7)])
+    for x,label,ax in zip(*mixed(alpha, *(o[shown] for o in train)), left.subplots(2, 3).flat):
+        ax.imshow(x.view(8, 8), cmap='gray_r')
+        ax.set_title(label, fontsize=9)
         ax.axis('off')
     ax,acc = right.subplots(),np.array([[v[0] for v in values] for values in scores.values()])
     ax.plot(acc, 'o-', color='C0', alpha=.35, lw=.8)
     ax.plot(acc.mean(1), '_', color='C1', ms=30, mew=3)
-    ax.set_xticks(range(len(scores)), scores, fontsize=8)
-    ax.set(ylabel='test accuracy, %', title=title)
+    ax.set_xticks(range(len(scores)), [name.replace('(', '\n(') for name in scores], fontsize=10)
+    ax.set_ylabel('test accuracy, %', fontsize=10)
+    ax.set_title(title, fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
 
@@ -116,5 +123,5 @@ def main(
         scores[name].append(run(seed, *methods(alpha)[name], train, test, epochs))
     print(f"\n{n_train} digits, {noise:.0%} of the labels redrawn at random, {epochs} epochs, {seeds} seeds; mean ± sd, gain paired by seed\n")
     print(table(scores))
-    picture(scores, alpha, digits(0, n_train, noise)[0], f'{n_train} digits, {noise:.0%} of labels redrawn: each line is a seed', Path(out))
+    picture(scores, alpha, digits(0, 1700, 0.)[0], f'{n_train} digits, {noise:.0%} of the labels at random; a line is a seed', Path(out))
     print(f"\nPicture: {out}")

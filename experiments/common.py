@@ -34,7 +34,9 @@ class Table:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     @property
-    def rows(self): return list(csv.DictReader(self.path.open())) if self.path.exists() else []
+    def rows(self):
+        "Those that were written whole"
+        return [r for r in csv.DictReader(self.path.open()) if None not in r.values()] if self.path.exists() else []
 
     def done(self, **key): return any(all(r[k] == text(v) for k,v in key.items()) for r in self.rows)
 
@@ -44,6 +46,7 @@ class Table:
         with self.path.open('a', newline='') as f:
             writer = csv.DictWriter(f, row)
             if new: writer.writeheader()
+            elif not self.path.read_text().endswith('\n'): f.write('\n') # a run was stopped while it wrote
             writer.writerow(row)
 
 
@@ -62,10 +65,11 @@ def run_all(table, jobs, run):
         table.add(**key, **scores, seconds=perf_counter()-start)
 
 
-def mean_sd(values):
-    "As text, with the sample standard deviation"
+def mean_sd(values, digits=2, sign=''):
+    "As text, with the sample standard deviation if there is one"
     values = np.array(values, dtype=float)
-    return f'{values.mean():.2f} ± {values.std(ddof=1):.2f}' if len(values) > 1 else f'{values.mean():.2f}'
+    mean = f'{values.mean():{sign}.{digits}f}'
+    return f'{mean} ± {values.std(ddof=1):.{digits}f}' if len(values) > 1 else mean
 
 
 def paired(rows, name, base, by, score):
@@ -87,11 +91,8 @@ def report(rows, by='method', base='none', scores=('accuracy', 'nll', 'ece'), di
     for name in dict.fromkeys(r[by] for r in rows):
         mine = [r for r in rows if r[by] == name]
         line = f'{name:30}'
-        for s in scores:
-            v = np.array([float(r[s]) for r in mine])
-            line += f"{f'{v.mean():.{digits}f} ± {v.std(ddof=1) if len(v) > 1 else 0:.{digits}f}':>18}"
+        for s in scores: line += f"{mean_sd([r[s] for r in mine], digits):>18}"
         if name != base and (d := paired(rows, name, base, by, scores[0])).size:
-            sd = d.std(ddof=1) if len(d) > 1 else 0
-            line += f"{f'{d.mean():+.2f} ± {sd:.2f}':>17}{'*' if is_clear(d) else ' '}{f'{(d > 0).sum()} of {len(d)}':>12}"
+            line += f"{mean_sd(d, sign='+'):>17}{'*' if is_clear(d) else ' '}{f'{(d > 0).sum()} of {len(d)}':>12}"
         lines.append(line.rstrip())
     return '\n'.join([*lines, '', '* the 95% interval of the mean paired gain leaves out 0'])

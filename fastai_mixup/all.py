@@ -13,7 +13,7 @@ __all__ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', '
            'MixFound', 'ReMix', 'AcrossRanks', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass', 'plot_lam',
            'plot_schedule']
 
-# %% ../nbs/90_all.ipynb #eefec2d4
+# %% ../nbs/90_all.ipynb #06ad631f
 from .align import AlignMixUp, AlignMixUpCallback
 from .callback import MixUp, MixUpCallback
 from .choice import RandomMix, RandomMixCallback
@@ -30,7 +30,7 @@ from .records import MeanLam, MixedAccuracy, MixedShare
 from .regmixup import RegMixUp, RegMixUpCallback
 from .show import plot_lam, plot_schedule
 
-# %% ../nbs/90_all.ipynb #f2891ce5
+# %% ../nbs/90_all.ipynb #8060e70a
 _all_ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE',
          'AlignMixUp', 'AlignMixUpCallback', 'CutMix', 'CutMixCallback', 'FMix', 'FMixCallback', 'GridMix', 'GridMixCallback',
          'PuzzleMix', 'PuzzleMixCallback', 'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback',

@@ -9,7 +9,7 @@ __all__ = ['ALPHA_MIN', 'ALPHA_MAX', 'check_number', 'check_choice', 'check_alph
            'perm_index', 'Others', 'partners', 'align', 'blend', 'Reused', 'Plan', 'draw_plans', 'draw_plan',
            'DrawnAhead', 'map_leaves', 'leaves']
 
-# %% ../nbs/00_core.ipynb #640a7172
+# %% ../nbs/00_core.ipynb #b20b8764
 import copy
 import hashlib
 import sys
@@ -21,7 +21,7 @@ import torch
 from fasttransform.cast import retain_type
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #cb37b278
+# %% ../nbs/00_core.ipynb #ae4435ef
 ALPHA_MIN, ALPHA_MAX = 1e-9, 1e9
 
 def check_number(
@@ -51,7 +51,7 @@ def check_alpha(alpha):
     "Return `alpha`, the parameter of Beta(alpha, alpha): 0 for no mixing, or a number from 1e-9 to 1e9"
     return check_number('alpha', alpha, ALPHA_MIN, ALPHA_MAX, or_zero=True)
 
-# %% ../nbs/00_core.ipynb #78d97af8
+# %% ../nbs/00_core.ipynb #cee25c51
 def plainly(f):
     "`f`, taking tensor subclasses for plain tensors"
     @wraps(f)
@@ -59,7 +59,7 @@ def plainly(f):
         with torch._C.DisableTorchFunctionSubclass(): return f(*args, **kwargs)
     return inner
 
-# %% ../nbs/00_core.ipynb #b48d58fb
+# %% ../nbs/00_core.ipynb #f2e7794a
 def private_generator(
     *salt, # Anything printable that tells this stream from others, such as a name and a rank
 )->torch.Generator: # On the CPU
@@ -68,7 +68,7 @@ def private_generator(
     seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), 'little')
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #215a7e1b
+# %% ../nbs/00_core.ipynb #6a8284fd
 def draw_lam(
     alpha:float, # Parameter of Beta(alpha, alpha), from 1e-9 to 1e9
     n:int=1, # Number of draws
@@ -81,7 +81,7 @@ def draw_lam(
     logit = log_gamma[0] - log_gamma[1]
     return torch.sigmoid(logit.abs_() if fold else logit).float()
 
-# %% ../nbs/00_core.ipynb #920bc17e
+# %% ../nbs/00_core.ipynb #0f5e4600
 def perm_index(
     perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
     n:int, # Number of items
@@ -116,7 +116,7 @@ def partners(
     if isinstance(perm, Others): return perm(x)
     return x.roll(-perm, dim) if isinstance(perm, int) else x.index_select(dim, perm.to(x.device))
 
-# %% ../nbs/00_core.ipynb #3a759270
+# %% ../nbs/00_core.ipynb #8855ba84
 def align(
     lam:Tensor, # One weight per row, shape (n,), or one for each place of a row, shape (n, *places)
     x:Tensor, # The tensor whose rows are weighted; with places shape (n, channels, *places)
@@ -184,7 +184,7 @@ def blend(
     with torch._C.DisableTorchFunctionSubclass(): res = _blend(x.as_subclass(Tensor), lam, perm, dim, out)
     return retain_type(res, x)
 
-# %% ../nbs/00_core.ipynb #18a145d7
+# %% ../nbs/00_core.ipynb #3a9da34a
 _holders = getattr(torch._C, '_storage_Use_Count', None)
 
 class Reused:
@@ -210,7 +210,7 @@ class Reused:
             self.stride,self.alone,self.nbytes = x.stride(),self._count(),self.kept.untyped_storage().nbytes()
         return self.kept.detach()
 
-# %% ../nbs/00_core.ipynb #5ffaf646
+# %% ../nbs/00_core.ipynb #71165a9a
 class Plan:
     "One draw for one batch: row `i` keeps `lam[i]` of itself and takes the rest from row `perm[i]`"
     told = scale = label_rule = None
@@ -290,7 +290,7 @@ def draw_plan(*args, **kwargs)->Plan:
     "One plan, drawn as by `draw_plans`"
     return draw_plans(1, *args, **kwargs)[0]
 
-# %% ../nbs/00_core.ipynb #64f26d08
+# %% ../nbs/00_core.ipynb #aa73d96c
 class DrawnAhead:
     "Hands out plans one by one, drawn for many batches at a time"
     most,most_items = 64,4096
@@ -307,7 +307,7 @@ class DrawnAhead:
             self.count = min(2*self.count, self.most, max(1, self.most_items//n))
         return self.plans.pop()
 
-# %% ../nbs/00_core.ipynb #7240b9e1
+# %% ../nbs/00_core.ipynb #40f6553a
 def map_leaves(
     f:callable, # Called as `f(leaf, path)`; its result takes the place of the leaf
     o, # A tensor, or tuples, lists and mappings of such, nested at will

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/find.html.md"""
 # %% auto #0
 __all__ = ['check_count', 'mixer_of', 'check_mixes', 'mix_name', 'copied', 'seeded', 'MixFound']
 
-# %% ../nbs/21_find.ipynb #4ef38ff9
+# %% ../nbs/21_find.ipynb #205bd7a8
 import copy
 import html
 import random
@@ -32,7 +32,7 @@ from torch import Tensor
 from .callback import MixCallback, MixUp
 from .core import check_alpha, leaves
 
-# %% ../nbs/21_find.ipynb #0f8cf00b
+# %% ../nbs/21_find.ipynb #1a0d0071
 def check_count(name, value, low):
     "Return `value` as an int, or raise an error that names the argument"
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -71,7 +71,7 @@ def mix_name(
     if mix is None: return 'none'
     return repr(mix).replace('Callback(', '(') if isinstance(mix, MixCallback) else f'{mix:g}'
 
-# %% ../nbs/21_find.ipynb #3d8ac2ef
+# %% ../nbs/21_find.ipynb #834dbf75
 _REPORTERS = Recorder,ProgressCallback,ShowGraphCallback,CSVLogger
 _RUNNING = 'lock','opt','dl','xb','yb','pred','loss','loss_grad','smooth_loss','final_record'
 
@@ -110,7 +110,7 @@ def copied(
     vars(new).update(state, lock=threading.Lock(), opt=None, logger=noop, create_mbar=False, lr_finder=True, cbs=type(learn.cbs)())
     return new.add_cbs([*cbs, Recorder(), *([] if cb is None else [cb])])
 
-# %% ../nbs/21_find.ipynb #4ed72f28
+# %% ../nbs/21_find.ipynb #fdfa08b7
 def _data_parts(dls):
     "Loaders, and the samplers in them"
     for dl in dls.loaders:
@@ -154,7 +154,7 @@ def seeded(
     finally:
         for o in before: _put_back(*o)
 
-# %% ../nbs/21_find.ipynb #72be5677
+# %% ../nbs/21_find.ipynb #939e3a53
 def _told_apart(names): return [name if names.count(name) == 1 else f'{name} #{names[:i].count(name)+1}' for i,name in enumerate(names)]
 
 class MixFound:
@@ -223,7 +223,7 @@ class MixFound:
         ax.legend()
         return ax
 
-# %% ../nbs/21_find.ipynb #4c66f282
+# %% ../nbs/21_find.ipynb #ff5fef35
 def _check_search(learn, mixes, epochs, repeats, seed):
     "What `mix_find` was given, checked before the first training"
     loaders = getattr(learn.dls, 'loaders', ())

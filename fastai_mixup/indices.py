@@ -7,13 +7,13 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/indices.html.md"""
 # %% auto #0
 __all__ = ['Origin', 'DerivedIndex', 'MixedIndex']
 
-# %% ../nbs/03_indices.ipynb #9ca45222
+# %% ../nbs/03_indices.ipynb #0f7c07ee
 import torch
 from torch import Tensor
 
 from .core import Others, Plan, leaves, map_leaves
 
-# %% ../nbs/03_indices.ipynb #488b1bfa
+# %% ../nbs/03_indices.ipynb #30c6bcea
 _JOIN = set('cat concat concatenate stack hstack vstack dstack'.split())
 _REARRANGE = set('''__getitem__ __get__ T t transpose swapaxes swapdims permute movedim moveaxis view reshape flatten ravel unflatten view_as reshape_as
     squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave narrow select index_select take_along_dim gather masked_select

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/inputs.html.md"""
 __all__ = ['input_names', 'check_inputs_option', 'is_compiled', 'is_sharded', 'unwrapped', 'check_uncompiled', 'hides_embeddings',
            'InputMixer']
 
-# %% ../nbs/04_inputs.ipynb #41af7421
+# %% ../nbs/04_inputs.ipynb #dd1fdc43
 import inspect
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .core import Plan, Reused, leaves, map_leaves, plainly
 from .indices import MixedIndex
 
-# %% ../nbs/04_inputs.ipynb #b67d4de6
+# %% ../nbs/04_inputs.ipynb #1172e774
 def input_names(
     model, # A module; the names come from the arguments of its `forward`
     n:int, # Number of inputs

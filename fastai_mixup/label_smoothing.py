@@ -7,14 +7,14 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/label_smoothing.html.md"""
 # %% auto #0
 __all__ = ['LabelSmoothingCE']
 
-# %% ../nbs/06_label_smoothing.ipynb #7d68f9ed
+# %% ../nbs/06_label_smoothing.ipynb #2c08a77b
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import check_choice, check_number, plainly
 from .losses import cross_entropy, fit_target
 
-# %% ../nbs/06_label_smoothing.ipynb #e4428172
+# %% ../nbs/06_label_smoothing.ipynb #fa3df027
 def _flat(loss): return loss.flatten() if loss.ndim else loss
 
 class LabelSmoothingCE(nn.Module):

@@ -7,14 +7,14 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/losses.html.md"""
 # %% auto #0
 __all__ = ['reduce_loss', 'fit_target', 'cross_entropy']
 
-# %% ../nbs/01_losses.ipynb #1edfc313
+# %% ../nbs/01_losses.ipynb #75c5d73a
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .core import plainly
 
-# %% ../nbs/01_losses.ipynb #48c891d7
+# %% ../nbs/01_losses.ipynb #07339ff7
 class _SparseTargetCE(torch.autograd.Function):
     "`-sum_c t_c * log_softmax(pred)_c` for `t` = `coef` at the classes `idx` + `smooth` * `weight` everywhere: of each row, or their sum over `total`"
     @staticmethod
@@ -64,7 +64,7 @@ def _gather(pred, axis, idx):
         found = f"from {idx.min()} to {idx.max()}"
         raise IndexError(f"Targets must be class indices from 0 to {pred.shape[axis]-1} (or `ignore_index`), got {found}") from None
 
-# %% ../nbs/01_losses.ipynb #d51b6102
+# %% ../nbs/01_losses.ipynb #f244c4e1
 def reduce_loss(
     loss:Tensor, # Loss of each element
     reduction:str, # 'mean', 'sum' or 'none'

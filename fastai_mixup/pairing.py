@@ -7,13 +7,13 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/pairing.html.md"""
 # %% auto #0
 __all__ = ['different_class', 'same_class', 'DifferentClass', 'SameClass', 'near_log_weights', 'NearTarget', 'PreviousBatch']
 
-# %% ../nbs/11_pairing.ipynb #28910a46
+# %% ../nbs/11_pairing.ipynb #f1eecdd8
 import torch
 from torch import Tensor
 
 from .core import Others, check_number, leaves, plainly
 
-# %% ../nbs/11_pairing.ipynb #85532b45
+# %% ../nbs/11_pairing.ipynb #caac61ed
 def _sorted_by_class(y, generator):
     "A shuffled batch: its order, and of each place in it the rank by class, and that of the first of its class, and the number of items of that class"
     shuffle = torch.randperm(len(y), generator=generator).to(y.device)
@@ -45,7 +45,7 @@ def same_class(
     shuffle,by_class,rank,first,count = _sorted_by_class(y, generator)
     return _unshuffled(shuffle, by_class[first + (rank-first+1) % count])
 
-# %% ../nbs/11_pairing.ipynb #ee16e416
+# %% ../nbs/11_pairing.ipynb #0deafd5e
 def _classes(learn, n, what):
     y = next(iter(learn.yb), None)
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.numel() != n: raise ValueError(
@@ -63,7 +63,7 @@ class SameClass:
     def __call__(self, cb, n): return same_class(_classes(cb.learn, n, self), cb.draws.generator)
     def __repr__(self): return 'SameClass()'
 
-# %% ../nbs/11_pairing.ipynb #8ab84009
+# %% ../nbs/11_pairing.ipynb #59709f1f
 def near_log_weights(
     at:Tensor, # Where each item is, shape (n, dimensions)
     sigma:float, # Width of the neighbourhood, in standard deviations of `at`
@@ -101,7 +101,7 @@ class NearTarget:
             f"{f'a {at.dtype} tensor of shape {tuple(at.shape)}' if isinstance(at, Tensor) else repr(at)}")
         return at.to(torch.promote_types(at.dtype, torch.float32) if at.is_floating_point() else torch.float64)
 
-# %% ../nbs/11_pairing.ipynb #2da43758
+# %% ../nbs/11_pairing.ipynb #a022b923
 def _tensors(learn): return {path: x for x,path in leaves((tuple(learn.xb), tuple(learn.yb))) if isinstance(x, Tensor) and x.ndim}
 
 class PreviousBatch:

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/records.html.md"""
 # %% auto #0
 __all__ = ['running_plan', 'MixMetric', 'check_classes', 'weighted_labels', 'MixedAccuracy', 'MeanLam', 'MixedShare']
 
-# %% ../nbs/20_records.ipynb #8344bae7
+# %% ../nbs/20_records.ipynb #c472925b
 import torch
 from fastai.learner import Metric
 from fastai.torch_core import maybe_gather
@@ -16,7 +16,7 @@ from torch import Tensor
 from .callback import MixCallback
 from .core import align, leaves, plainly
 
-# %% ../nbs/20_records.ipynb #3a19172b
+# %% ../nbs/20_records.ipynb #9bab432e
 def running_plan(
     learn, # A Learner in a batch
     which:str='plan', # Or 'pred_plan', that of the predictions
@@ -45,7 +45,7 @@ class MixMetric(Metric):
         part,whole = maybe_gather(self.sums[None]).sum(0).tolist()
         return part/whole if whole else float('nan')
 
-# %% ../nbs/20_records.ipynb #a23b80ce
+# %% ../nbs/20_records.ipynb #11c6cc39
 def check_classes(
     y, # The target of a batch
     pred, # The predictions
@@ -93,7 +93,7 @@ class MixedAccuracy(MixMetric):
     @property
     def name(self): return 'mixed_accuracy'
 
-# %% ../nbs/20_records.ipynb #7380b93f
+# %% ../nbs/20_records.ipynb #f50f8b94
 class MeanLam(MixMetric):
     "The mean weight of the mixed items of the epoch in their mixtures; nan where none was mixed"
     @plainly

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/targets.html.md"""
 __all__ = ['check_targets', 'is_loss', 'is_known', 'is_cross_entropy', 'is_smoothing', 'is_nll', 'is_index', 'blend_targets',
            'loss_option', 'unreduced', 'knows_items', 'mixed_loss']
 
-# %% ../nbs/02_targets.ipynb #1aa98d71
+# %% ../nbs/02_targets.ipynb #1e1b4a13
 import copy
 import inspect
 from functools import lru_cache, partial
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .core import Plan, align, leaves, map_leaves, plainly
 from .losses import cross_entropy, fit_target, reduce_loss
 
-# %% ../nbs/02_targets.ipynb #c7937470
+# %% ../nbs/02_targets.ipynb #3d89907b
 def _name(path): return 'Target ' + '/'.join(map(str, path))
 
 @plainly
@@ -41,7 +41,7 @@ def check_targets(
         if y.layout != torch.strided or y.ndim == 0 or len(y) != n: raise ValueError(
             f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} items.")
 
-# %% ../nbs/02_targets.ipynb #58737c28
+# %% ../nbs/02_targets.ipynb #f2675029
 _TORCH_LOSSES = 'torch.nn.modules.loss', 'torch.nn.functional', 'fastai.losses'
 
 def _inner(loss_func): return loss_func.func if isinstance(loss_func, BaseLoss) else loss_func
@@ -73,7 +73,7 @@ def is_cross_entropy(loss_func): return is_loss(loss_func, nn.CrossEntropyLoss, 
 def is_smoothing(loss_func): return is_loss(loss_func, LabelSmoothingCrossEntropy)
 def is_nll(loss_func): return is_loss(loss_func, nn.NLLLoss, F.nll_loss)
 
-# %% ../nbs/02_targets.ipynb #0343b4ca
+# %% ../nbs/02_targets.ipynb #41b56127
 _LABELS = nn.MultiLabelMarginLoss,nn.HingeEmbeddingLoss,nn.SoftMarginLoss,nn.CosineEmbeddingLoss,nn.MarginRankingLoss
 
 @plainly
@@ -97,7 +97,7 @@ def blend_targets(
     dtype = torch.promote_types(getattr(pred, 'dtype', torch.float32), torch.float32)
     return map_leaves(lambda y,_: plan.blend_numbers(y, None if y.is_floating_point() or y.is_complex() else dtype), yb)
 
-# %% ../nbs/02_targets.ipynb #df6b5b75
+# %% ../nbs/02_targets.ipynb #2951e318
 @lru_cache(maxsize=16)
 def _default(func, name):
     param = inspect.signature(func).parameters.get(name)
@@ -128,7 +128,7 @@ def unreduced(
     res.reduction = 'none'
     return res
 
-# %% ../nbs/02_targets.ipynb #f5694c08
+# %% ../nbs/02_targets.ipynb #3c3c943c
 def knows_items(
     loss_func, # Any loss function
 )->bool:
@@ -136,7 +136,7 @@ def knows_items(
     if callable(getattr(loss_func, 'mixed', None)) or is_cross_entropy(loss_func) or is_nll(loss_func): return True
     return is_known(loss_func) and loss_option(loss_func, 'reduction') is not None and not is_loss(loss_func, nn.CTCLoss, F.ctc_loss)
 
-# %% ../nbs/02_targets.ipynb #24fce353
+# %% ../nbs/02_targets.ipynb #cf7f59c8
 def _in_order_of(loss_func, loss):
     "Unreduced losses as `loss_func` arranges them"
     if not isinstance(loss_func, BaseLoss) or loss.ndim == 0: return loss

