@@ -35,11 +35,12 @@ def code(text): return text and f'`{text}`'
 
 
 def table(parameters, returned):
-    "Of what is said of them; nothing if that is nothing"
-    rows = [row(code(k), code(type_text(p.get('anno', Parameter.empty))), code(default_text(p.get('default', Parameter.empty))), p.get('docment') or '')
-            for k,p in parameters.items() if p.get('docment')]
-    if returned.get('docment'): rows.append(row('*returns*', code(type_text(returned.get('anno', Parameter.empty))), '', returned['docment']))
-    return '\n'.join([row('', 'type', 'default', ''), '|---|---|---|---|', *rows]) if rows else ''
+    "Of what is said of them, without columns that would be empty; nothing if that is nothing"
+    def line(name, p): return name,code(type_text(p.get('anno', Parameter.empty))),code(default_text(p.get('default', Parameter.empty))),p['docment']
+    rows = [line(name, p) for name,p in [*((code(k), p) for k,p in parameters.items()), ('*returns*', returned)] if p.get('docment')]
+    shown = [i for i,column in enumerate(zip(*rows)) if any(column)]
+    def pick(cells): return row(*(cells[i] for i in shown))
+    return '\n'.join([pick(('', 'type', 'default', '')), pick(['---']*4), *map(pick, rows)]) if rows else ''
 
 
 class Entry(BasicMarkdownRenderer):
