@@ -45,9 +45,12 @@ def images(data, size, woof):
         if not num_distrib(): return download()
         from fastai.distributed import rank0_first
         return rank0_first(download)
-    path = Path(data)
+    path,classes = Path(data),{}
     for part in 'train', 'val':
-        check(any((path/part).glob('*/*')), 'data', f"a folder in Imagenette's layout, with {part}/CLASS/IMAGE in it", data)
+        classes[part] = {image.parent.name for image in get_image_files(path/part)}
+        check(classes[part], 'data', f"a folder in Imagenette's layout, with {part}/CLASS/IMAGE in it", data)
+    unknown = classes['val']-classes['train']
+    check(not unknown, 'data', f"a folder in which all classes are in train/, which has no {', '.join(sorted(unknown))}", data)
     return path
 
 
@@ -104,14 +107,14 @@ def main(
 ):
     "Train and print the accuracy of each run on the validation set"
     make,opt_func,act_cls,pooling = one_of(ARCHS, 'arch', arch),one_of(OPTIMIZERS, 'opt', opt),one_of(ACTIVATIONS, 'act', act),one_of(POOLS, 'pool', pool)
-    check_each(lambda v: v >= 1, 'a whole number from 1 up', size=size, epochs=epochs, runs=runs, bs=bs)
+    check_each(lambda v: v >= 1, 'a whole number from 1 up', size=size, epochs=epochs, runs=runs)
+    check(bs >= 2, 'bs', 'a whole number from 2 up, as batch norm needs', bs)
     check_each(lambda v: 0 <= v < float('inf'), 'a number from 0 up', mixup=mixup, cutmix=cutmix, manifold=manifold, wd=wd, workers=workers)
     check_each(lambda v: 0 < v < float('inf'), 'a number above 0', lr=lr, eps=eps)
     check_each(lambda v: 0 <= v < 1, 'a number in [0, 1)', mom=mom, sqrmom=sqrmom)
     check(0 <= smoothing <= 1, 'smoothing', 'a number in [0, 1]', smoothing)
     mixing(mixup, cutmix, manifold)
     path = images(data, size, woof)
-    classes = sum(p.is_dir() for p in (path/'train').iterdir())
     dials = dict(mom=mom, eps=eps, **({} if opt == 'sgd' else dict(sqr_mom=sqrmom)))
     if opt == 'sgd': dials.pop('eps')
     if num_distrib():
@@ -120,11 +123,11 @@ def main(
     scores = []
     for run in range(runs):
         if seed is not None: set_seed(seed+run)
-        model = make(n_out=classes, act_cls=act_cls, sa=sa, sym=sym, pool=pooling)
         dls = loaders(path, size, bs, workers)
+        model = make(n_out=dls.c, act_cls=act_cls, sa=sa, sym=sym, pool=pooling)
         check(len(dls.train), 'bs', f'at most the {len(dls.train_ds)} images of the training set', bs)
         learn = Learner(dls, model, loss_func=LabelSmoothingCE(smoothing), opt_func=partial(opt_func, **dials),
-                        metrics=[accuracy, *[top_k_accuracy]*(classes > 5)], cbs=mixing(mixup, cutmix, manifold))
+                        metrics=[accuracy, *[top_k_accuracy]*(dls.c > 5)], cbs=mixing(mixup, cutmix, manifold))
         if fp16: learn.to_fp16()
         with learn.distrib_ctx(sync_bn=False, cpu=not torch.cuda.is_available()) if num_distrib() else nullcontext(): learn.fit_flat_cos(epochs, lr, wd=wd)
         scores.append(float(learn.recorder.values[-1][2]))

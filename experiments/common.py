@@ -35,15 +35,17 @@ class Table:
 
     @property
     def rows(self):
-        "Those that were written whole"
-        return [r for r in csv.DictReader(self.path.open()) if None not in r.values()] if self.path.exists() else []
+        "Those that were written whole, each once"
+        if not self.path.exists(): return []
+        whole = [r for r in csv.DictReader(self.path.open()) if None not in r.values()]
+        return list({tuple(v for k,v in r.items() if k != 'seconds'): r for r in whole}.values())
 
     def done(self, **key): return any(all(r[k] == text(v) for k,v in key.items()) for r in self.rows)
 
     def add(self, **row):
         row = {k: text(v) for k,v in row.items()}
-        new = not self.path.exists()
-        with self.path.open('a', newline='') as f:
+        new = not self.path.exists() or '\n' not in self.path.read_text()
+        with self.path.open('w' if new else 'a', newline='') as f:
             writer = csv.DictWriter(f, row)
             if new: writer.writeheader()
             elif not self.path.read_text().endswith('\n'): f.write('\n') # a run was stopped while it wrote
@@ -56,10 +58,17 @@ def check_positive(**numbers):
         if value < 1: raise SystemExit(f"--{name} must be a whole number from 1 up, got {value}")
 
 
+def names(text, separator):
+    "The names in an option"
+    return [name.strip() for name in text.split(separator) if name.strip()]
+
+
 def run_all(table, jobs, run):
     "Run each of `jobs`, (key, arguments of `run`), that is not in `table` yet; `run` returns the scores"
-    for key,args in progress_bar(jobs):
-        if table.done(**key): continue
+    left = [(key, args) for key,args in jobs if not table.done(**key)]
+    if len(left) < len(jobs): print(f"{len(jobs)-len(left)} of {len(jobs)} trainings are in {table.path} already; --results FOLDER begins a table of your own")
+    for key,args in progress_bar(left):
+        if table.done(**key): continue # by another process
         start = perf_counter()
         scores = run(*args)
         table.add(**key, **scores, seconds=perf_counter()-start)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, Table, check_positive, class_scores, report, run_all, text
+from common import RESULTS, Table, check_positive, class_scores, names, report, run_all, text
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 from fastai.callback.mixup import CutMix as FastaiCutMix, MixUp as FastaiMixUp
 from fastai.callback.schedule import SchedLin
@@ -133,6 +133,8 @@ PARTS = {
     'few': [dict(methods=[*NAMED, 'RandomMix to .75'], n=500, epochs=60)],
     'noisy': [dict(methods=NAMED, noise=.4)],
     'augmented': [dict(methods=NAMED, augment=True)],
+    'both': [dict(methods=NAMED, noise=.4, augment=True)],
+    'long': [dict(methods=['none', 'MixUp(1)', 'CutMix(1)', WINNER], n=500, augment=True, epochs=e) for e in (60, 240)],
     'plain': [dict(methods=['none', 'MixUp(.4)', 'MixUp(1)', 'fastai MixUp', 'CutMix(1)', 'LabelSmoothingCE(.1)', WINNER], net='basic')],
     'dose': [dict(methods=DOSES)],
     'epochs': [dict(methods=['none', 'MixUp(1)', WINNER], n=500, epochs=e) for e in (15, 30, 60, 120, 240)],
@@ -155,7 +157,7 @@ def score(data, method, seed, n, epochs, noise, augment, held_out, net):
 
 @call_parse
 def main(
-    part:str='main', # One of select, main, peers, few, noisy, augmented, plain, dose, epochs, corrupted
+    part:str='main', # One of select, main, peers, few, noisy, augmented, both, long, plain, dose, epochs, corrupted
     data:str='fashion', # Folder with the files of Fashion-MNIST
     seeds:int=5, # Number of seeds, each run by every method
     first:int=0, # The first seed
@@ -169,9 +171,10 @@ def main(
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb fashion
     """
     if part not in PARTS: raise SystemExit(f"--part must be one of {', '.join(PARTS)}, got {part!r}")
-    chosen = methods.split(';') if methods else []
+    chosen = names(methods, ';')
     if set(chosen) - set(METHODS): raise SystemExit(f"--methods must be some of {'; '.join(METHODS)}, got {methods!r}")
     check_positive(seeds=seeds, threads=threads)
+    if first < 0: raise SystemExit(f"--first must be a whole number from 0 up, got {first}")
     torch.set_num_threads(threads)
     sets,table = fashion(data),Table('fashion', results)
     settings = [(chosen or s['methods'], DEFAULTS | {k: v for k,v in s.items() if k != 'methods'}) for s in PARTS[part]]

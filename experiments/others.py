@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, Table, check_positive, class_scores, report, run_all
+from common import RESULTS, Table, check_positive, class_scores, names, report, run_all
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 from fastai.callback.schedule import fit_one_cycle
 from fastai.layers import ConvLayer
@@ -130,11 +130,12 @@ def main(
     """
     check_positive(seeds=seeds, threads=threads)
     torch.set_num_threads(threads)
-    names,table = sets.split(';') if sets else [*SETS],Table('others', results)
-    if set(names) - set(SETS): raise SystemExit(f"--sets must be some of {'; '.join(SETS)}, got {sets!r}")
-    jobs = [(dict(data=name, method=m, seed=s), (data, name, m, s)) for name in names for s in range(seeds) for m in SETS[name][2]]
+    chosen,table = names(sets, ';') or [*SETS],Table('others', results)
+    if set(chosen) - set(SETS): raise SystemExit(f"--sets must be some of {'; '.join(SETS)}, got {sets!r}")
+    for name in chosen: SETS[name][0](data, 0)
+    jobs = [(dict(data=name, method=m, seed=s), (data, name, m, s)) for name in chosen for s in range(seeds) for m in SETS[name][2]]
     run_all(table, jobs, score)
-    for name in names:
+    for name in chosen:
         print(f'\n{name}')
         rows = [r for r in table.rows if r['data'] == name]
         print(report(rows, scores=('accuracy', 'nll', 'ece', *['dice']*all(r['dice'] for r in rows))))

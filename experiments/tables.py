@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import RESULTS, Table, check_positive, is_clear, mean_sd, paired, run_all
+from common import RESULTS, Table, check_positive, is_clear, mean_sd, names, paired, run_all
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, nn, set_seed
 from fastai.callback.schedule import fit_one_cycle
 from fastai.layers import LinBnDrop
@@ -153,11 +153,11 @@ def main(
     """
     check_positive(seeds=seeds, epochs=epochs, threads=threads)
     torch.set_num_threads(threads)
-    names = sets.split(',') if sets else [*CLASSES, *NUMBERS]
-    unknown = set(names) - {*CLASSES, *NUMBERS}
+    chosen = names(sets, ',') or [*CLASSES, *NUMBERS]
+    unknown = set(chosen) - {*CLASSES, *NUMBERS}
     if unknown: raise SystemExit(f"--sets must be some of {', '.join([*CLASSES, *NUMBERS])}, got {', '.join(unknown)}")
-    loaded,table = {name: load(data, name) for name in names},Table('tables', results)
+    loaded,table = {name: load(data, name) for name in chosen},Table('tables', results)
     jobs = [(dict(data=name, method=m, seed=s, epochs=epochs), (loaded, name, m, s, epochs))
-            for name in names for s in range(seeds) for m in (FOR_CLASSES if name in CLASSES else FOR_NUMBERS)]
+            for name in chosen for s in range(seeds) for m in (FOR_CLASSES if name in CLASSES else FOR_NUMBERS)]
     run_all(table, jobs, score)
-    print(summary([r for r in table.rows if r['data'] in names and int(r['epochs']) == epochs]))
+    print(summary([r for r in table.rows if r['data'] in chosen and int(r['epochs']) == epochs]))

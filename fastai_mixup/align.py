@@ -1,4 +1,4 @@
-"""Mixing the features of two pictures after the one's have been moved to where the other has the same.
+"""Mixing the features of two pictures, after moving the partner's to where the item has similar ones.
 
 Docs: https://fastai-mixup.github.io/fastai_mixup/align.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/align.html.md"""
 # %% auto #0
 __all__ = ['MOST_PLACES', 'AlignMixUp', 'transport', 'aligned', 'AlignPlan', 'AlignMixUpCallback']
 
-# %% ../nbs/13_align.ipynb #055e127a
+# %% ../nbs/13_align.ipynb #f4693e16
 import math
 
 import torch
@@ -18,7 +18,7 @@ from .callback import MixCallback
 from .core import Others, Plan, blend, check_number, leaves
 from .manifold import ManifoldMixUpCallback
 
-# %% ../nbs/13_align.ipynb #1f79ac73
+# %% ../nbs/13_align.ipynb #743953da
 def transport(
     a:Tensor, # Features of each place that receives, shape (n, channels, places)
     b:Tensor, # Features of each place that gives, shape (n, channels, places)
@@ -42,7 +42,7 @@ def aligned(
     with torch.no_grad(): moves = transport(a, b, epsilon)
     return (b @ moves.transpose(1, 2).to(b.dtype)).view(x.shape)
 
-# %% ../nbs/13_align.ipynb #a27ede21
+# %% ../nbs/13_align.ipynb #c5db0795
 MOST_PLACES = 1024
 
 class AlignPlan(Plan):

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/labels.html.md"""
 __all__ = ['SnapMix', 'TransMix', 'remix_lam', 'ReMix', 'activation_maps', 'share_in_box', 'SnapMixCallback', 'last_attention',
            'attention_of', 'patch_grid', 'TransMixCallback']
 
-# %% ../nbs/12_labels.ipynb #492c451e
+# %% ../nbs/12_labels.ipynb #6d27a9b3
 import weakref
 
 import torch
@@ -25,7 +25,7 @@ from .inputs import check_uncompiled, unwrapped
 from .manifold import _answering, _in_backward, _in_batch
 from .masks import CutMixCallback, MaskCallback, ResizePlan, _edges, _inside
 
-# %% ../nbs/12_labels.ipynb #73dc7f7f
+# %% ../nbs/12_labels.ipynb #c9e1f214
 def remix_lam(
     lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
     count:Tensor, # Number of items of its class, shape (n,)
@@ -70,7 +70,7 @@ class ReMix:
         n = len(cb.memory[self])
         return cb.memory[self].index_add_(0, y.clamp(0, n-1), ((y >= 0) & (y < n)).float())
 
-# %% ../nbs/12_labels.ipynb #76d2ef00
+# %% ../nbs/12_labels.ipynb #6b0d61cb
 def activation_maps(
     model:nn.Module, # A classifier; is left as it was
     layer:nn.Module, # One of its layers, whose output has places
@@ -108,7 +108,7 @@ def share_in_box(
         maps = (maps*part.view(*part.shape, *[1]*(maps.ndim-2))).sum(1)
     return maps
 
-# %% ../nbs/12_labels.ipynb #54788a07
+# %% ../nbs/12_labels.ipynb #2b756ec5
 def _shares(centre, side, size):
     "Edges of a box in whole places, as shares of each side"
     edges = [_edges(centre[:,dim], side.expand_as(centre)[:,dim], n) for dim,n in enumerate(size)]
@@ -169,7 +169,7 @@ class SnapMixCallback(MaskCallback):
 
 SnapMix = SnapMixCallback
 
-# %% ../nbs/12_labels.ipynb #28fde654
+# %% ../nbs/12_labels.ipynb #f933190a
 class _Found(Exception):
     "Carries the attention out of a layer"
 
@@ -242,7 +242,7 @@ def patch_grid(
     grids = [(h, n//h) for n,h in heights if h and n % h == 0 and error((h, n//h)) < max(size)]
     return min(grids, key=error, default=None)
 
-# %% ../nbs/12_labels.ipynb #ee5d1194
+# %% ../nbs/12_labels.ipynb #e95cb162
 class _Noted:
     "Notes what a layer is given while the model of `learn` answers to its batch, as long as `plan` lives"
     def __init__(self, layer, learn, plan):

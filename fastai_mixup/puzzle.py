@@ -9,7 +9,7 @@ __all__ = ['Puzzle', 'PuzzleMix', 'input_gradients', 'block_salience', 'smoothed
            'travel_cost', 'transport', 'at_places', 'source_places', 'move_blocks', 'solve_puzzle', 'PuzzlePlan',
            'PuzzleMixCallback']
 
-# %% ../nbs/14_puzzle.ipynb #08940653
+# %% ../nbs/14_puzzle.ipynb #de293eed
 from collections import namedtuple
 
 import torch
@@ -24,7 +24,7 @@ from .cuts import untouched
 from .inputs import InputMixer
 from .masks import MaskCallback, MaskPlan
 
-# %% ../nbs/14_puzzle.ipynb #22afeb0d
+# %% ../nbs/14_puzzle.ipynb #1eb619ec
 def input_gradients(
     model:nn.Module, # In the mode in which it is trained; is left as it was
     loss_func, # Called as `loss_func(pred, *yb)`; what it returns is summed
@@ -54,7 +54,7 @@ def block_salience(
     tiny = torch.finfo(salient.dtype).tiny
     return salient / salient.flatten(1).mean(1).clamp_min(tiny).view(-1, *[1]*(salient.ndim-1))
 
-# %% ../nbs/14_puzzle.ipynb #628571ed
+# %% ../nbs/14_puzzle.ipynb #ad6d0f0e
 def _pulled(field, pulls):
     for d,pull in enumerate(pulls, 1): field = field + F.pad(pull, [0]*2*(field.ndim-1-d) + [1, 1]).diff(dim=d)
     return field
@@ -94,7 +94,7 @@ def puzzle_mask(
     cuts = prior_cuts(lam, levels, prior).view(len(lam), levels-1, *[1]*(evened.ndim-1))
     return (evened.unsqueeze(1) > cuts).float().mean(1)
 
-# %% ../nbs/14_puzzle.ipynb #57f81921
+# %% ../nbs/14_puzzle.ipynb #44a4af7f
 def mask_energy(
     mask:Tensor, # In [0, 1], shape (n, *blocks)
     field:Tensor, # How much better a block is as the item's own, shape (n, *blocks)
@@ -104,7 +104,7 @@ def mask_energy(
     borders = sum(mask.diff(dim=d).abs().flatten(1).sum(1) for d in range(1, mask.ndim))
     return weight*borders - (mask*field).flatten(1).sum(1)
 
-# %% ../nbs/14_puzzle.ipynb #c3564201
+# %% ../nbs/14_puzzle.ipynb #22e57266
 def travel_cost(
     blocks:tuple, # Along each side
     device=None,
@@ -136,7 +136,7 @@ def transport(
         source = source.gather(1, mate).where(mate.gather(1, mate) == here, source)
     return source
 
-# %% ../nbs/14_puzzle.ipynb #62c9d684
+# %% ../nbs/14_puzzle.ipynb #2b6a308c
 def _first(block, n, blocks): return (block*n + blocks-1) // blocks # place of a block along a side of n
 
 def at_places(
@@ -171,7 +171,7 @@ def move_blocks(
     moved = x.flatten(2).gather(2, places[:,None].expand(-1, x.shape[1], -1)).view(x.shape)
     return moved if x.is_contiguous() else torch.empty_like(x).copy_(moved) # channels last, say
 
-# %% ../nbs/14_puzzle.ipynb #16e7c5fc
+# %% ../nbs/14_puzzle.ipynb #a0eaf709
 Puzzle = namedtuple('Puzzle', 'mask own other') # share of the item in each block; which block of itself, and of its partner, each block holds
 
 def solve_puzzle(
@@ -221,7 +221,7 @@ class PuzzlePlan(MaskPlan):
         if not self.reshapes: return super().cover_indices(y)
         return retain_type(torch.where(self.mask(y.shape[2:]).unsqueeze(1) >= .5, *self._moved(y.as_subclass(Tensor))), y)
 
-# %% ../nbs/14_puzzle.ipynb #bd0fa2b0
+# %% ../nbs/14_puzzle.ipynb #1a4d5b3f
 class PuzzleMixCallback(MaskCallback):
     "Show the blocks of each item and of its partner that matter most to the model ([Kim, Choo and Song 2020](https://arxiv.org/abs/2009.06962); with ways of our own to the optima)"
     asks_model = True

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/regmixup.html.md"""
 # %% auto #0
 __all__ = ['RegMixUp', 'stack_batches', 'split_batches', 'RegMixUpCallback']
 
-# %% ../nbs/15_regmixup.ipynb #a5a8d16b
+# %% ../nbs/15_regmixup.ipynb #12609fdd
 import torch
 from fastcore.meta import delegates
 from torch import Tensor
@@ -16,7 +16,7 @@ from .callback import AroundCallback, MixCallback
 from .core import check_number, leaves, map_leaves
 from .targets import mixed_loss
 
-# %% ../nbs/15_regmixup.ipynb #3f095aa6
+# %% ../nbs/15_regmixup.ipynb #d2868fc9
 def _has_rows(o, n): return isinstance(o, Tensor) and o.ndim > 0 and len(o) == n
 
 def stack_batches(
@@ -38,7 +38,7 @@ def split_batches(
         f"{[tuple(o.shape) for o,_ in leaves(pred) if isinstance(o, Tensor)]}. Use `MixUp`.")
     return tuple(map_leaves(lambda o,_: o[at] if _has_rows(o, 2*n) else o, pred) for at in (slice(n), slice(n, None)))
 
-# %% ../nbs/15_regmixup.ipynb #c35d778d
+# %% ../nbs/15_regmixup.ipynb #d230437c
 def _memory(o): return [v.data_ptr() if isinstance(v, Tensor) else v for v,_ in leaves(o)]
 
 class RegMixUpCallback(AroundCallback):

@@ -1,4 +1,5 @@
 "The script of the Imagenette leaderboard, on a generated folder in the same layout"
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,19 @@ def test_by_accelerate(folder):
 @pytest.mark.parametrize('dials,said', [
     (dict(data='nowhere'), "data must be a folder in Imagenette's layout"), (dict(arch='vgg'), 'arch must be one of xresnet18'), (dict(act='Linear'), 'act must be one of Mish'),
     (dict(pool='Pool'), 'pool must be one of AvgPool, MaxPool'), (dict(opt='lamb'), 'opt must be one of ranger'), (dict(manifold=.2, mixup=.2), 'manifold must be 0 beside --mixup'),
-    *[({name: value}, f'{name} must be .*, got {value}') for name,value in dict(size=0, epochs=0, runs=0, bs=0, mixup=-1., cutmix=-1., manifold=float('nan'), wd=-1., workers=-1,
+    *[({name: value}, f'{name} must be .*, got {value}') for name,value in dict(size=0, epochs=0, runs=0, mixup=-1., cutmix=-1., manifold=float('nan'), wd=-1., workers=-1,
                                                                               lr=-1., eps=0., mom=1., sqrmom=-.1, smoothing=2.).items()],
-    (dict(bs=1000), 'bs must be at most the 24 images')], ids=lambda o: '-'.join(o) if isinstance(o, dict) else '')
+    (dict(bs=1), 'bs must be a whole number from 2 up'), (dict(bs=1000), 'bs must be at most the 24 images')], ids=lambda o: '-'.join(o) if isinstance(o, dict) else '')
 def test_what_makes_no_sense_is_refused(folder, dials, said):
     with pytest.raises(SystemExit, match=f'^--{said}'): main(**(small(folder) | dials))
+
+def test_folders_without_images(folder, tmp_path, capsys):
+    root = tmp_path/'nette'
+    shutil.copytree(folder, root)
+    for name in 'empty', '.hidden': (root/'train'/name).mkdir()
+    main(**small(root))
+    assert 'Run 0: ' in capsys.readouterr().out
+    (root/'val/n01').rename(root/'val/n09')
+    with pytest.raises(SystemExit, match='^--data must be a folder in which all classes are in train/, which has no n09'): main(**small(root))
+    for image in (root/'val').rglob('*.jpg'): image.unlink()
+    with pytest.raises(SystemExit, match='with val/CLASS/IMAGE in it'): main(**small(root))

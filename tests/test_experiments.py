@@ -37,6 +37,23 @@ def test_a_row_that_was_not_written_whole_is_run_again(tmp_path):
     table.add(method='a', seed=1, accuracy=2.)
     assert [(r['seed'], r['accuracy']) for r in table.rows] == [('0', '1'), ('1', '2')]
 
+@pytest.mark.parametrize('start', ['', 'method,se'])
+def test_a_table_without_a_whole_header_begins_anew(tmp_path, start):
+    table = common.Table('t', tmp_path)
+    table.path.write_text(start)
+    assert not table.rows
+    table.add(method='a', seed=0)
+    assert table.rows == [dict(method='a', seed='0')]
+
+def test_what_is_in_the_table_is_told_and_counts_once(tmp_path, capsys):
+    table = common.Table('t', tmp_path)
+    for seconds in 1, 2: table.add(method='a', seed=0, accuracy=3, seconds=seconds)
+    assert len(table.rows) == 1
+    common.run_all(table, [(dict(method='a', seed=s), (s,)) for s in range(2)], lambda s: dict(accuracy=s))
+    assert '1 of 2 trainings are in' in capsys.readouterr().out and len(table.rows) == 2
+
+def test_names(): assert common.names(' none; MixUp(1) ;', ';') == ['none', 'MixUp(1)'] and common.names('', ',') == []
+
 def test_statistics():
     rows = [dict(method=m, seed=str(s), accuracy=str(a)) for m,accs in (('none', (1, 2, 3)), ('x', (3, 3, 5))) for s,a in enumerate(accs)]
     d = common.paired(rows, 'x', 'none', 'method', 'accuracy')
