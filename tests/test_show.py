@@ -1,21 +1,26 @@
 "Pictures show what would be trained on, and change nothing."
+import re
 import subprocess
 import sys
 
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, TensorImage, nn, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TensorImage, TensorMask, nn, set_seed
+from fastai.callback.schedule import SchedLin
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
+from matplotlib.colors import to_rgba
 from torch.nn.modules.module import _global_forward_hooks
 
 from apps import close
 from fastai_mixup.all import (CutMix, DifferentClass, FMix, GridMix, ManifoldMixUp, MixUp, PreviousBatch, PuzzleMix, RandomMix, RegMixUp, ReMix, ResizeMix,
                               SaliencyMix, SmoothMix, SnapMix, TransMix, plot_lam, plot_schedule)
-from fastai_mixup.show import Peek, Shown
+from fastai_mixup.core import draw_lam
+from fastai_mixup.show import Peek, Shown, lesser_share, mixed_label
 
 N,CLASSES = 8,3
 Y = torch.arange(N) % CLASSES
@@ -68,8 +73,71 @@ def test_titles_say_the_weights_of_the_labels(name):
     titles = [ax.get_title() for ax in axs if ax.get_title() and ax.get_title() != 'partner']
     assert len(titles) == N == len(shown.weights)
     for title,(w,w1),a,b in zip(titles, shown.weights, shown.own, shown.partner):
-        want = f'{a[1].item()}' if a[1] == b[1] and abs(w+w1-1) < 1e-3 else f'{w:.2f} {a[1].item()}\n{w1:.2f} {b[1].item()}'
-        assert title == want or name == 'previous'
+        said,told = said_weights(title),{}
+        for y,part in (a[1].item(), w), (b[1].item(), w1): told[y] = told.get(y, 0) + 100*part
+        assert name == 'previous' or all(abs(said.get(y, 0) - told.get(y, 0)) <= 1 for y in said.keys() | told.keys())
+
+def said_weights(title):
+    "Percent of each class that a title such as `84% “4”\\n+ 16% “2”` names; a label alone is all there is"
+    return {int(y): float(percent or 100) for percent,y in re.findall(r'(?:(\d+)% )?“(\d+)”', title)}
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_title_says_how_much_is_kept(name):
+    learn = learner(METHODS[name]())
+    axs = learn.show_mixed_batch(5)
+    title = axs[0].figure._suptitle.get_text().replace('\n', ' ')
+    plan = Peek(learn).plan
+    kept = plan.lam if name == 'previous' else plan.lam.where(plan.index != torch.arange(N), 1.)
+    low,high = (f'{f(kept[:5].tolist()):.0%}' for f in (min, max))
+    assert f'items keep {low if low == high else f"{low} to {high}"} of themselves' in title and 'Callback' not in title
+    assert ('of their labels' in title) == plan.weighs_labels
+
+@pytest.mark.parametrize('method', [None, lambda: CutMix()], ids=['whole', 'boxes'])
+def test_the_weights_of_a_hidden_mixture_are_those_of_the_loss(method):
+    def make(): return learner(ManifoldMixUp(**dict(alpha=1.) if method is None else dict(method=method()), layers='2', include_input=False))
+    learn,told = make(),[]
+    peek = Peek(learn)
+    class Note(Callback):
+        order,run_valid = 9,False
+        def after_pred(self): told.append(self.learn.manifold_mix_up.plan.label_weights[0].tolist())
+    learn.add_cb(Note())
+    losses(learn)
+    close(torch.tensor(peek.weights[0]), torch.tensor(told[0]))
+
+def test_a_label_that_looks_like_a_number_is_quoted():
+    assert mixed_label('cat', 'dog', .84, .16) == '84% cat + 16% dog' and mixed_label('4', '2', .84, .16) == '84% “4” + 16% “2”'
+    assert mixed_label('cat', 'dog', .996, .004) == '100% cat' and mixed_label('cat', 'dog', .004, .996) == '100% dog'
+    for w in torch.linspace(0, 1, 201).tolist():
+        assert sum(float(p) for p in re.findall(r'(\d+)%', mixed_label('cat', 'dog', w, 1-w))) == 100
+
+@pytest.mark.parametrize('alpha', [.05, .4, 1., 3., 50.])
+def test_the_titles_of_curves_say_what_is_drawn(alpha):
+    share = (1-draw_lam(alpha, 400_000, True, torch.Generator().manual_seed(0))).mean().item()
+    assert abs(lesser_share(alpha) - share) < 1e-3
+    said = re.findall(r'(\d+)%', plot_schedule(MixUp(alpha), n_epoch=3).get_title()) + re.findall(r'(\d+)%', plot_lam(alpha)[0].figure._suptitle.get_text())
+    assert abs(float(said[0]) - 100*share) < .6 and float(said[0]) + float(said[1]) == pytest.approx(100, abs=1)
+
+def test_a_schedule_does_not_jitter_and_names_its_ends():
+    ax = plot_schedule(MixUp(SchedLin(2., .1), start=2, stop=8), n_epoch=10)
+    x,y = ax.lines[0].get_data()
+    within = (x >= 2) & (x < 8)
+    assert (y[~within] == 0).all() and (np.diff(y[within]) < 0).all()
+    assert ax.get_title().replace("\n", " ") == f"Partners' share is 0 until epoch 2, then falls from {y[within][0]:.0%} to {y[within][-1]:.0%}, and is 0 after epoch 8"
+
+def test_layers_are_named():
+    def title(**kwargs): return learner(ManifoldMixUp(1., **kwargs)).manifold_mix_up.plot_layers().get_title()
+    assert title(layers=['2', '3'], include_input=True) == 'Mixed at the input, after “2” or after “3”'
+    assert title(layers='output') == 'Mixed at the output'
+
+def test_pasted_classes_keep_their_colours():
+    mask = torch.zeros(N, 16, 16, dtype=torch.long)
+    mask[:,:8],mask[:,8:,:8] = 1,2
+    learn = Learner(DataLoaders([(TensorImage(PICTURES), TensorMask(mask))], [], device='cpu'), nn.Conv2d(3, 3, 1), CrossEntropyLossFlat(axis=1), cbs=MixUp(1.))
+    ax = learn.show_mixed_batch(2)[0]
+    assert re.fullmatch(r'\d+% own\n\+ \d+% partner', ax.get_title())
+    over = ax.images[1]
+    assert over.get_array().mask[8:,8:].all() and not over.get_array().mask[:8].any()
+    for at,colour in ((0, 0), 'C0'), ((12, 0), 'C1'): assert over.cmap(over.norm(over.get_array()[at])) == to_rgba(colour)
 
 def test_an_error_leaves_the_model_as_it_was():
     learn = learner(ManifoldMixUp(1.), model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(99, CLASSES)))
@@ -95,7 +163,7 @@ def test_words():
     x = torch.randint(1, 9, (N, 5))
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, CLASSES))
     table = learner(MixUp(1.), x, model).show_mixed_batch(3)
-    assert len(table) == 3 and (table['weight'].astype(float) + table['weight of partner'].astype(float)).sub(1).abs().max() < .011
+    assert len(table) == 3 and all(float(w[:-1]) + float(w1[:-1]) == pytest.approx(100, abs=1) for w,w1 in zip(table['weight'], table['weight of partner']))
 
 def test_without_a_notebook():
     "Nothing is imported that only notebooks have, and tables are printed"
