@@ -134,7 +134,6 @@ PARTS = {
     'noisy': [dict(methods=NAMED, noise=.4)],
     'augmented': [dict(methods=NAMED, augment=True)],
     'both': [dict(methods=NAMED, noise=.4, augment=True)],
-    'long': [dict(methods=['none', 'MixUp(1)', 'CutMix(1)', WINNER], n=500, augment=True, epochs=e) for e in (60, 240)],
     'plain': [dict(methods=['none', 'MixUp(.4)', 'MixUp(1)', 'fastai MixUp', 'CutMix(1)', 'LabelSmoothingCE(.1)', WINNER], net='basic')],
     'dose': [dict(methods=DOSES)],
     'epochs': [dict(methods=['none', 'MixUp(1)', WINNER], n=500, epochs=e) for e in (15, 30, 60, 120, 240)],
@@ -157,7 +156,7 @@ def score(data, method, seed, n, epochs, noise, augment, held_out, net):
 
 @call_parse
 def main(
-    part:str='main', # One of select, main, peers, few, noisy, augmented, both, long, plain, dose, epochs, corrupted
+    part:str='main', # One of select, main, peers, few, noisy, augmented, both, plain, dose, epochs, corrupted
     data:str='fashion', # Folder with the files of Fashion-MNIST
     seeds:int=5, # Number of seeds, each run by every method
     first:int=0, # The first seed
