@@ -7,25 +7,26 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/align.html.md"""
 # %% auto #0
 __all__ = ['MOST_PLACES', 'AlignMixUp', 'transport', 'aligned', 'AlignPlan', 'AlignMixUpCallback']
 
-# %% ../nbs/13_align.ipynb #f4693e16
+# %% ../nbs/13_align.ipynb #15433c71
 import math
+from collections.abc import Callable
 
 import torch
 from fastcore.meta import delegates
-from torch import Tensor
+from torch import Tensor, nn
 
 from .callback import MixCallback
 from .core import Others, Plan, blend, check_number, leaves
 from .manifold import ManifoldMixUpCallback
 
-# %% ../nbs/13_align.ipynb #743953da
+# %% ../nbs/13_align.ipynb #96aacc39
 def transport(
-    a:Tensor, # Features of each place that receives, shape (n, channels, places)
-    b:Tensor, # Features of each place that gives, shape (n, channels, places)
-    epsilon:float=.1, # Entropy, in squared distances; the smaller, the more each place receives from one alone
+    a:Tensor, # Features of each position that receives, shape (n, channels, positions)
+    b:Tensor, # Features of each position that gives, shape (n, channels, positions)
+    epsilon:float=.1, # Entropy, in squared distances; the smaller, the more each position receives from one alone
     steps:int=100, # Of Sinkhorn's algorithm
-)->Tensor: # Share of each giving place in each receiving one, rows sum to 1, shape (n, places, places)
-    "Optimal transport of places by the similarity of their features ([Cuturi 2013](https://arxiv.org/abs/1306.0895))"
+)->Tensor: # Share of each giving position in each receiving one, rows sum to 1, shape (n, positions, positions)
+    "Optimal transport of positions by the similarity of their features ([Cuturi 2013](https://arxiv.org/abs/1306.0895))"
     logits = -torch.cdist(a.float().mT, b.float().mT).square() / epsilon
     for _ in range(steps):
         logits = logits - logits.logsumexp(1, keepdim=True)
@@ -33,7 +34,7 @@ def transport(
     return logits.exp()
 
 def aligned(
-    x:Tensor, # Features, shape (n, channels, *places)
+    x:Tensor, # Features, shape (n, channels, *positions)
     partner:Tensor, # Those of the partners, shape of `x`
     epsilon:float=.1, # Entropy of the transport
 )->Tensor: # Shape of `x`
@@ -42,11 +43,11 @@ def aligned(
     with torch.no_grad(): moves = transport(a, b, epsilon)
     return (b @ moves.transpose(1, 2).to(b.dtype)).view(x.shape)
 
-# %% ../nbs/13_align.ipynb #c5db0795
+# %% ../nbs/13_align.ipynb #b9ca3a30
 MOST_PLACES = 1024
 
 class AlignPlan(Plan):
-    "A plan that aligns the partners of what has places"
+    "A plan that aligns the partners of what has positions"
     def __init__(self, plan, epsilon):
         super().__init__(plan.lam, plan.perm, plan.shared)
         self.epsilon = epsilon
@@ -61,10 +62,10 @@ class AlignMixUpCallback(ManifoldMixUpCallback):
 
     @delegates(MixCallback.__init__, but=['alpha', 'fold'])
     def __init__(self,
-        alpha:float|None=None, # Parameter of Beta(alpha, alpha): 0 for no mixing, or from 1e-9 to 1e9; larger mixes more. `None` is 2
-        layers=None, # Modules, names, patterns ('layer?') or types, one or a list; `None` finds the deepest layer whose output has places
-        include_input:bool|None=None, # Is the input one of the places, where the mixing is that of `MixUp`? `None`: yes
-        epsilon:float=.1, # Entropy of the transport, from 0.001 to 1000; the smaller, the more each place receives from one alone
+        alpha:float|Callable|None=None, # Parameter of Beta(alpha, alpha): 0 for no mixing, or from 1e-9 to 1e9; larger mixes more. `None` is 2
+        layers:nn.Module|str|type|list|None=None, # Modules, names, patterns ('layer?') or types, one or a list; `None` finds the deepest layer whose output has positions
+        include_input:bool|None=None, # May the input be drawn, too, where the mixing is that of `MixUp`? `None`: yes
+        epsilon:float=.1, # Entropy of the transport, from 0.001 to 1000; the smaller, the more each position receives from one alone
         fold:bool=False, # Keep at least half of each item?
         **kwargs
     ):

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/choice.html.md"""
 # %% auto #0
 __all__ = ['RandomMix', 'ChoicePlan', 'check_weights', 'check_method', 'RandomMixCallback']
 
-# %% ../nbs/10_choice.ipynb #3fe0660b
+# %% ../nbs/10_choice.ipynb #f41eb141
 import torch
 from fastcore.meta import delegates
 from torch import Tensor
@@ -16,7 +16,7 @@ from .callback import AroundCallback, MixCallback, MixUpCallback, check_leaves
 from .core import Plan, check_choice, check_number
 from .masks import MaskPlan
 
-# %% ../nbs/10_choice.ipynb #4e3a2bf9
+# %% ../nbs/10_choice.ipynb #275a23d5
 class ChoicePlan(MaskPlan):
     "A plan that follows one of several plans for each item, or leaves it alone"
     def __init__(self,
@@ -61,9 +61,9 @@ class ChoicePlan(MaskPlan):
             if isinstance(plan, MaskPlan) and plan.reshapes: x = torch.where((self.choice == i).view(-1, *[1]*(x.ndim-1)), cover(plan), x)
         return x
 
-# %% ../nbs/10_choice.ipynb #f6f9d99f
+# %% ../nbs/10_choice.ipynb #8545dfff
 def check_weights(
-    weights, # A list of numbers, or `None`
+    weights:list|None, # Of numbers; `None` for equal shares
     n:int, # How many there must be
 )->Tensor: # Shares, the last for doing nothing
     "The share of each of `n` choices and of none; a `ValueError` or `TypeError` that says what is wrong"
@@ -74,7 +74,10 @@ def check_weights(
     if sum(weights) > 1+1e-6: raise ValueError(f"weights must add up to 1 at most (what is left of 1 is left alone), got {sum(weights):g}")
     return torch.tensor([*weights, max(0., 1-sum(weights))])
 
-def check_method(i, method):
+def check_method(
+    i:int, # Position in the list, for the message
+    method, # What the user passed
+):
     "Raise a `TypeError` that says what to do unless `method` mixes inputs in one way"
     if isinstance(method, MixUpCallback) and not isinstance(method, RandomMixCallback): return
     advice = ". Let it hold the choice: `ManifoldMixUp(method=RandomMix([...]))`, `RegMixUp(method=RandomMix([...]))`" if isinstance(method, AroundCallback) else ""

@@ -1,4 +1,4 @@
-"""`pairing=AcrossRanks()`: items meet those of the other processes.
+"""Partners from the batches of all ranks.
 
 Docs: https://fastai-mixup.github.io/fastai_mixup/distributed.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/distributed.html.md"""
 # %% auto #0
 __all__ = ['pack_rows', 'unpack_rows', 'gather_rows', 'AcrossRanks']
 
-# %% ../nbs/16_distributed.ipynb #e85a369f
+# %% ../nbs/16_distributed.ipynb #f2119a2c
 import hashlib
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .core import Others, plainly
 from .pairing import _tensors
 
-# %% ../nbs/16_distributed.ipynb #1dc9c762
+# %% ../nbs/16_distributed.ipynb #94187f01
 def pack_rows(
     tensors:list, # Of any shapes and types, with n rows each
 )->Tensor: # Bytes, shape (n, bytes of an item), on the device of the first
@@ -33,7 +33,7 @@ def unpack_rows(
     parts = rows.split([x[:1].numel()*x.element_size() for x in like], 1)
     return [part.clone(memory_format=torch.contiguous_format).flatten().view(x.dtype).view(len(rows), *x.shape[1:]).to(x.device) for part,x in zip(parts, like)]
 
-# %% ../nbs/16_distributed.ipynb #96cff97a
+# %% ../nbs/16_distributed.ipynb #bfa98afa
 def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def _gathered(x):
@@ -57,7 +57,7 @@ def gather_rows(
     padded = torch.cat([rows, rows.new_zeros(max(counts)-len(rows), rows.shape[1])]) if len(rows) < max(counts) else rows
     return _gathered(padded),counts
 
-# %% ../nbs/16_distributed.ipynb #70c83ceb
+# %% ../nbs/16_distributed.ipynb #dbd57261
 def _always(cb):
     "Does every rank that comes to this batch mix it?"
     around = [o for o in (cb, cb.lender) if o is not None]

@@ -8,8 +8,9 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/labels.html.md"""
 __all__ = ['SnapMix', 'TransMix', 'remix_lam', 'ReMix', 'activation_maps', 'share_in_box', 'SnapMixCallback', 'last_attention',
            'attention_of', 'patch_grid', 'TransMixCallback']
 
-# %% ../nbs/12_labels.ipynb #6d27a9b3
+# %% ../nbs/12_labels.ipynb #32c6f1ac
 import weakref
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from .inputs import check_uncompiled, unwrapped
 from .manifold import _answering, _in_backward, _in_batch
 from .masks import CutMixCallback, MaskCallback, ResizePlan, _edges, _inside
 
-# %% ../nbs/12_labels.ipynb #c9e1f214
+# %% ../nbs/12_labels.ipynb #34f1ab83
 def remix_lam(
     lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
     count:Tensor, # Number of items of its class, shape (n,)
@@ -42,7 +43,7 @@ class ReMix:
     def __init__(self,
         kappa:float=3., # From which ratio of their numbers on the rarer class takes the label, from 1 to 1e9
         tau:float=.5, # Up to which share of the frequent class, in [0, 1]
-        counts=None, # Number of training items of each class, shape (classes,); `None` counts those seen so far in the fit
+        counts:list|Tensor|None=None, # Number of training items of each class, shape (classes,); `None` counts those seen so far in the fit
     ):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"
         if isinstance(counts, (str, dict)): raise TypeError(f"counts must be a list or tensor with one number for each class, got {counts!r}")
@@ -70,10 +71,10 @@ class ReMix:
         n = len(cb.memory[self])
         return cb.memory[self].index_add_(0, y.clamp(0, n-1), ((y >= 0) & (y < n)).float())
 
-# %% ../nbs/12_labels.ipynb #6b0d61cb
+# %% ../nbs/12_labels.ipynb #97a20fc6
 def activation_maps(
     model:nn.Module, # A classifier; is left as it was
-    layer:nn.Module, # One of its layers, whose output has places
+    layer:nn.Module, # One of its layers, whose output has positions
     xb:tuple, # Inputs of a batch
     y:Tensor, # Class of each item, shape (n,)
 )->Tensor: # At least 0, each summing to 1, shape (n, *size)
@@ -98,9 +99,9 @@ def activation_maps(
 
 def share_in_box(
     maps:Tensor, # Shape (n, *size)
-    edges:list, # For each dimension the first place of the box and the one after its last, as shares of the side, each of shape (n,)
+    edges:list, # For each dimension the first position of the box and the one after its last, as shares of the side, each of shape (n,)
 )->Tensor: # Shape (n,)
-    "The sum of each map in a box; of a place that is partly inside, that part"
+    "The sum of each map in a box; of a position that is partly inside, that part"
     for low,high in edges:
         n = maps.shape[1]
         at = torch.arange(n, device=maps.device)
@@ -108,14 +109,14 @@ def share_in_box(
         maps = (maps*part.view(*part.shape, *[1]*(maps.ndim-2))).sum(1)
     return maps
 
-# %% ../nbs/12_labels.ipynb #2b756ec5
+# %% ../nbs/12_labels.ipynb #22dcdafa
 def _shares(centre, side, size):
-    "Edges of a box in whole places, as shares of each side"
+    "Edges of a box in whole positions, as shares of each side"
     edges = [_edges(centre[:,dim], side.expand_as(centre)[:,dim], n) for dim,n in enumerate(size)]
     return [(low/n, high/n) for (low,high),n in zip(edges, size)]
 
 def _deepest_with_places(cb, pictures, n):
-    "The deepest layer of the Learner's model whose output has places"
+    "The deepest layer of the Learner's model whose output has positions"
     if 'layer' not in cb.memory:
         model = unwrapped(cb.learn.model)
         check_uncompiled('SnapMix', model, 'CutMix')
@@ -169,7 +170,7 @@ class SnapMixCallback(MaskCallback):
 
 SnapMix = SnapMixCallback
 
-# %% ../nbs/12_labels.ipynb #f933190a
+# %% ../nbs/12_labels.ipynb #9647e95e
 class _Found(Exception):
     "Carries the attention out of a layer"
 
@@ -211,7 +212,7 @@ def last_attention(
 def attention_of(
     layer:nn.Module, # That calls torch's attention
     args:tuple, kwargs:dict, # With which it was called
-    prefix, # Called with the number of tokens; how many of them, which come first, are no patches
+    prefix:Callable, # Called with the number of tokens; how many of them, which come first, are no patches
     nth:int=1, # Which of its calls is meant
 )->Tensor: # Shape (n, tokens)
     "What the class token attends to, averaged over the heads"
@@ -242,7 +243,7 @@ def patch_grid(
     grids = [(h, n//h) for n,h in heights if h and n % h == 0 and error((h, n//h)) < max(size)]
     return min(grids, key=error, default=None)
 
-# %% ../nbs/12_labels.ipynb #e95cb162
+# %% ../nbs/12_labels.ipynb #eb55d160
 class _Noted:
     "Notes what a layer is given while the model of `learn` answers to its batch, as long as `plan` lives"
     def __init__(self, layer, learn, plan):

@@ -1,4 +1,4 @@
-"""CutMix and its relatives: each place of an item is its own or its partner's.
+"""CutMix and its relatives: each position of an item is its own or its partner's.
 
 Docs: https://fastai-mixup.github.io/fastai_mixup/masks.html.md"""
 
@@ -10,7 +10,8 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #65e1e893
+# %% ../nbs/09_masks.ipynb #bca8fc22
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -23,15 +24,15 @@ from .callback import MixCallback, MixUpCallback
 from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #53eecf64
+# %% ../nbs/09_masks.ipynb #be565fcb
 class MaskPlan(Plan):
-    "A plan in which each place of an item has a weight of its own"
+    "A plan in which each position of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
     def __init__(self,
         lam:Tensor, # Weight of each item itself as it was drawn, in [0, 1], shape (n,)
         perm:int|Tensor, # A rotation, or the index of each item's partner, shape (n,)
-        make=None, # Called as `make(size)`; returns a mask of shape (n, *size), the weights of the item's own places, in [0, 1]. Or a method
-        name:str='a mask', # What needs the places, for messages
+        make:Callable|None=None, # Called as `make(size)`; returns a mask of shape (n, *size), the weights of the item's own positions, in [0, 1]. Or a method
+        name:str='a mask', # What needs the positions, for messages
         correct:bool=True, # Is `lam` to become the mean of the mask?
     ):
         super().__init__(lam, perm)
@@ -39,9 +40,9 @@ class MaskPlan(Plan):
         self.name,self.correct,self.masks = name,correct,{}
 
     def mask(self,
-        size, # Of one item, without channels
+        size:tuple, # Of one item, without channels
     )->Tensor: # Float, shape (n, *size)
-        "The weights of an item's own places; the first size that is asked for settles `lam`"
+        "The weights of an item's own positions; the first size that is asked for settles `lam`"
         size = tuple(size)
         if size not in self.masks:
             if not self.masks: self.size = size
@@ -67,7 +68,7 @@ class MaskPlan(Plan):
 
     @plainly
     def places(self, y):
-        "The size of a target whose places are those of the items; `None` for one that has none"
+        "The size of a target whose positions are those of the items; `None` for one that has none"
         if not self.masks: return None
         number,signal = y.is_floating_point(),len(self.size) == 1
         for size,channels in ((tuple(y.shape[1:]), False), (tuple(y.shape[2:]), True)):
@@ -75,16 +76,16 @@ class MaskPlan(Plan):
             if size == self.size or (not signal and (channels or not number) and self._alike(size)): return size
 
     def _alike(self, size):
-        "Targets may have fewer places than what was mixed, or more, of the same proportions"
+        "Targets may have fewer positions than what was mixed, or more, of the same proportions"
         scale = size[0]/self.size[0]
         return all(abs(a - scale*b) < max(scale, 1) for a,b in zip(size, self.size))
 
     def paste(self, y):
-        "Targets with places, each place taken from the item that has more of it; numbers are averaged"
+        "Targets with positions, each position taken from the item that has more of it; numbers are averaged"
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #69cb639b
+# %% ../nbs/09_masks.ipynb #f6ff8845
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -110,7 +111,7 @@ class MaskCallback(MixUpCallback):
     def pictures(self,
         n:int, # Number of items
     )->list: # Of tensors of shape (n, channels, *size), one to three dimensions of size
-        "The inputs of the running batch that are mixed and have places"
+        "The inputs of the running batch that are mixed and have positions"
         mixer = self.mixer or InputMixer(self.learn.model, self.learn.xb, self.inputs)
         return [x for x,path in leaves(self.learn.xb) if mixer.rule(x, path, n) == 'blend' and x.is_floating_point() and 3 <= x.ndim <= 5]
 
@@ -125,9 +126,9 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #63e488ca
+# %% ../nbs/09_masks.ipynb #6fad1932
 def _edges(centre, side, n):
-    "The first place of a box and the first one after it, along a side of `n` places"
+    "The first position of a box and the first one after it, along a side of `n` positions"
     width = (side*n).round()
     low = (centre*n - width/2).round()
     return low.clamp(0, n), (low+width).clamp(0, n)
@@ -182,7 +183,7 @@ def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #c61b9209
+# %% ../nbs/09_masks.ipynb #3543a612
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
@@ -198,11 +199,11 @@ def low_frequency_noise(
     return torch.fft.irfftn(spectrum, s=size, dim=tuple(range(1, len(size)+1)))
 
 def top_mask(
-    height:Tensor, # Of each place, shape (n, *size)
-    lam:Tensor, # Share of the places to keep, in [0, 1], shape (n,)
-    soft:float=0., # Share of the places in the ramp between kept and given away, at most twice the smaller of the two
+    height:Tensor, # Of each position, shape (n, *size)
+    lam:Tensor, # Share of the positions to keep, in [0, 1], shape (n,)
+    soft:float=0., # Share of the positions in the ramp between kept and given away, at most twice the smaller of the two
 )->Tensor: # In [0, 1], shape of `height`
-    "Keep the highest places"
+    "Keep the highest positions"
     flat = height.flatten(1)
     count = flat.shape[1]
     rank = torch.arange(count, device=lam.device) + .5
@@ -212,12 +213,12 @@ def top_mask(
     return torch.empty_like(flat).scatter_(1, flat.argsort(1, descending=True), by_rank).view(height.shape)
 
 class FMixCallback(MaskCallback):
-    "Replace the low places of a cloud by the partner's ([Harris et al. 2020](https://arxiv.org/abs/2002.12047))"
+    "Replace the low positions of a cloud by the partner's ([Harris et al. 2020](https://arxiv.org/abs/2002.12047))"
     @delegates(MixCallback.__init__, but=['alpha', 'fold'])
     def __init__(self,
         alpha:float=1., # Parameter of Beta(alpha, alpha), from which the share to keep is drawn: 0 for no mixing, or from 1e-9 to 1e9
         decay:float=3., # Power by which the amplitude of the noise falls with its frequency, from 0 to 10; smoother clouds with more
-        soft:float=0., # Share of the places in the ramp at the edge of the cloud, in [0, 1]
+        soft:float=0., # Share of the positions in the ramp at the edge of the cloud, in [0, 1]
         fold:bool=False, # Keep at least half of each item?
         **kwargs
     ):
@@ -236,7 +237,7 @@ class FMixCallback(MaskCallback):
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #6bdcf399
+# %% ../nbs/09_masks.ipynb #9653b467
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
     @delegates(MixCallback.__init__, but=['alpha', 'fold'])
@@ -262,7 +263,7 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #c1932f3f
+# %% ../nbs/09_masks.ipynb #b01eafb9
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
     takes_alpha = False
@@ -288,9 +289,9 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #72a43ee0
+# %% ../nbs/09_masks.ipynb #25b90be6
 def _on_a_line(centre, side):
-    "The box of a signal as that of a picture one place high"
+    "The box of a signal as that of a picture one position high"
     return torch.stack([torch.full_like(centre[:,0], .5), centre[:,0]], 1),torch.cat([torch.ones_like(side), side], 1)
 
 def shrink_into(
@@ -324,7 +325,7 @@ class ResizePlan(MaskPlan):
         centre:Tensor, # Of the box, as a share of each side, shape (n, 3)
         side:Tensor, # Of the box, as a share of each side, shape (n, 1)
         source:tuple|None=None, # Centre and side of the partner's box, like those of the box; `None` for the whole partner
-        name:str='ResizeMix', # What needs the places, for messages
+        name:str='ResizeMix', # What needs the positions, for messages
     ):
         super().__init__(plan.lam, plan.perm, lambda size: box_mask(size, centre, side), name)
         self.centre,self.side,self.source = centre,side,source
@@ -354,7 +355,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #5f9bc70d
+# %% ../nbs/09_masks.ipynb #b05f73be
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):
@@ -363,16 +364,16 @@ def _blur(x, share):
 
 def saliency(
     x:Tensor, # Shape (n, channels, *size), one to three dimensions of size
-    most:int=32, # Places along each side of the result, at most
-)->Tensor: # At least 0, shape (n, *coarse), coarser than `x` where it has more places
-    "How much the surroundings of each place differ from what is further around"
+    most:int=32, # Positions along each side of the result, at most
+)->Tensor: # At least 0, shape (n, *coarse), coarser than `x` where it has more positions
+    "How much the surroundings of each position differ from what is further around"
     coarse = _AVERAGE[x.ndim-2][0](x.float(), [min(n, most) for n in x.shape[2:]])
     return _blur((_blur(coarse, 1/16) - _blur(coarse, 1/3)).square().sum(1, keepdim=True), 1/8).squeeze(1)
 
 def salient_centre(
     x:Tensor, # Shape (n, channels, *size)
 )->Tensor: # As a share of each side, shape (n, dimensions of size)
-    "The most salient place of each item"
+    "The most salient position of each item"
     salient,centre = saliency(x),[]
     at = salient.flatten(1).argmax(1)
     for n in reversed(salient.shape[1:]):

@@ -9,8 +9,9 @@ __all__ = ['Puzzle', 'PuzzleMix', 'input_gradients', 'block_salience', 'smoothed
            'travel_cost', 'transport', 'at_places', 'source_places', 'move_blocks', 'solve_puzzle', 'PuzzlePlan',
            'PuzzleMixCallback']
 
-# %% ../nbs/14_puzzle.ipynb #de293eed
+# %% ../nbs/14_puzzle.ipynb #7cf5ce6c
 from collections import namedtuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,13 @@ from .cuts import untouched
 from .inputs import InputMixer
 from .masks import MaskCallback, MaskPlan
 
-# %% ../nbs/14_puzzle.ipynb #1eb619ec
+# %% ../nbs/14_puzzle.ipynb #7e443e8f
 def input_gradients(
     model:nn.Module, # In the mode in which it is trained; is left as it was
-    loss_func, # Called as `loss_func(pred, *yb)`; what it returns is summed
+    loss_func:Callable, # Called as `loss_func(pred, *yb)`; what it returns is summed
     xb:tuple, # Inputs, which are not written to
     yb:tuple, # Targets
-    chosen, # Called as `chosen(x, path)`: is the gradient with respect to this leaf of `xb` wanted?
+    chosen:Callable, # Called as `chosen(x, path)`: is the gradient with respect to this leaf of `xb` wanted?
 )->list: # Of the gradients, where there are any, each of the shape of its input
     "The gradients of the loss with respect to inputs"
     if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module
@@ -48,13 +49,13 @@ def block_salience(
     gradient:Tensor, # With respect to an input, shape (n, channels, *size), one to three dimensions of size
     grid:int, # Blocks along each side, at most
 )->Tensor: # At least 0, with a mean of 1 for each item (or all 0), shape (n, *blocks)
-    "How salient each block of each item is: the mean over its places of the norm over the channels"
+    "How salient each block of each item is: the mean over its positions of the norm over the channels"
     norm = torch.linalg.vector_norm(gradient.abs().float(), dim=1, keepdim=True)
     salient = F.interpolate(norm, [min(grid, n) for n in gradient.shape[2:]], mode='area').squeeze(1)
     tiny = torch.finfo(salient.dtype).tiny
     return salient / salient.flatten(1).mean(1).clamp_min(tiny).view(-1, *[1]*(salient.ndim-1))
 
-# %% ../nbs/14_puzzle.ipynb #ad6d0f0e
+# %% ../nbs/14_puzzle.ipynb #a7a52f56
 def _pulled(field, pulls):
     for d,pull in enumerate(pulls, 1): field = field + F.pad(pull, [0]*2*(field.ndim-1-d) + [1, 1]).diff(dim=d)
     return field
@@ -94,7 +95,7 @@ def puzzle_mask(
     cuts = prior_cuts(lam, levels, prior).view(len(lam), levels-1, *[1]*(evened.ndim-1))
     return (evened.unsqueeze(1) > cuts).float().mean(1)
 
-# %% ../nbs/14_puzzle.ipynb #44a4af7f
+# %% ../nbs/14_puzzle.ipynb #6506fcdd
 def mask_energy(
     mask:Tensor, # In [0, 1], shape (n, *blocks)
     field:Tensor, # How much better a block is as the item's own, shape (n, *blocks)
@@ -104,7 +105,7 @@ def mask_energy(
     borders = sum(mask.diff(dim=d).abs().flatten(1).sum(1) for d in range(1, mask.ndim))
     return weight*borders - (mask*field).flatten(1).sum(1)
 
-# %% ../nbs/14_puzzle.ipynb #22e57266
+# %% ../nbs/14_puzzle.ipynb #c8c738c9
 def travel_cost(
     blocks:tuple, # Along each side
     device=None,
@@ -115,8 +116,8 @@ def travel_cost(
     return (at[:,None] - at).square().sum(2)
 
 def _swap_gains(held, shown, cost, source):
-    "What is gained by a swap of what any two places hold"
-    moved = cost[source] # by what is held at a place, to any place
+    "What is gained by a swap of what any two positions hold"
+    moved = cost[source] # by what is held at a position, to any position
     both,stay = moved + moved.mT,moved.diagonal(dim1=1, dim2=2)
     return (shown[:,:,None]-shown[:,None])*(held[:,None]-held[:,:,None]) - both + stay[:,:,None] + stay[:,None]
 
@@ -125,7 +126,7 @@ def transport(
     shown:Tensor, # How much of each block is shown, in [0, 1], shape (n, *blocks)
     travel:float=.8, # Price of a way as long as a side, in saliences; at least 0
     rounds:int=12, # Of swaps
-)->Tensor: # Long, which block each place holds, a permutation for each item, shape (n, blocks in all)
+)->Tensor: # Long, which block each position of a block holds, a permutation for each item, shape (n, blocks in all)
     "Bring salient blocks to where they are shown"
     cost = travel*travel_cost(salient.shape[1:], salient.device)
     salient,shown = salient.flatten(1),shown.flatten(1)
@@ -136,14 +137,14 @@ def transport(
         source = source.gather(1, mate).where(mate.gather(1, mate) == here, source)
     return source
 
-# %% ../nbs/14_puzzle.ipynb #2b6a308c
-def _first(block, n, blocks): return (block*n + blocks-1) // blocks # place of a block along a side of n
+# %% ../nbs/14_puzzle.ipynb #f0bb78e3
+def _first(block, n, blocks): return (block*n + blocks-1) // blocks # position of a block along a side of n
 
 def at_places(
     o:Tensor, # One value for each block, shape (n, *blocks)
     size:tuple, # Of an item
 )->Tensor: # Shape (n, *size)
-    "The value of the block of each place"
+    "The value of the block of each position"
     for dim,n in enumerate(size, 1): o = o.index_select(dim, torch.arange(n, device=o.device)*o.shape[dim] // n)
     return o
 
@@ -151,8 +152,8 @@ def source_places(
     source:Tensor, # Which block each block holds, shape (n, blocks in all)
     blocks:tuple, # Along each side
     size:tuple, # Of an item
-)->Tensor: # Which place each place holds, shape (n, places in all)
-    "A permutation of blocks, as what every place holds"
+)->Tensor: # Which position each position holds, shape (n, positions in all)
+    "A permutation of blocks, as what every position holds"
     held = at_places(source.view(-1, *blocks), size)
     places,apart = 0,source.shape[1]
     for dim,(n,b) in enumerate(zip(size, blocks)):
@@ -165,13 +166,13 @@ def source_places(
 
 def move_blocks(
     x:Tensor, # Shape (n, channels, *size)
-    places:Tensor, # Which place each place holds, shape (n, places in all)
+    places:Tensor, # Which position each position holds, shape (n, positions in all)
 )->Tensor: # Shape of `x`
-    "Each item, with its places moved"
+    "Each item, with its positions moved"
     moved = x.flatten(2).gather(2, places[:,None].expand(-1, x.shape[1], -1)).view(x.shape)
     return moved if x.is_contiguous() else torch.empty_like(x).copy_(moved) # channels last, say
 
-# %% ../nbs/14_puzzle.ipynb #a0eaf709
+# %% ../nbs/14_puzzle.ipynb #d3ae6c0c
 Puzzle = namedtuple('Puzzle', 'mask own other') # share of the item in each block; which block of itself, and of its partner, each block holds
 
 def solve_puzzle(
@@ -194,16 +195,16 @@ class PuzzlePlan(MaskPlan):
     "A plan in which blocks of each item, and of its partner, move before they are mixed by a mask of blocks"
     def __init__(self,
         plan:Plan, # Who is mixed with whom
-        solved, # Called as `solved(size)`; returns the `Puzzle` for as many dimensions
+        solved:Callable, # Called as `solved(size)`; returns the `Puzzle` for as many dimensions
         reshapes:bool=True, # Do blocks move?
     ):
         super().__init__(plan.lam, plan.perm, lambda size: at_places(solved(size).mask, size), 'PuzzleMix')
         self.solved,self.reshapes,self.places_of = solved,reshapes,{}
 
     def sources(self,
-        size, # Of one item, without channels
-    )->tuple: # Of the item and of its partner, each of shape (n, places in all)
-        "Which place of the item, and of its partner, each place holds"
+        size:tuple, # Of one item, without channels
+    )->tuple: # Of the item and of its partner, each of shape (n, positions in all)
+        "Which position of the item, and of its partner, each position holds"
         size = tuple(size)
         if size not in self.places_of:
             mask,*sources = self.solved(size)
@@ -221,7 +222,7 @@ class PuzzlePlan(MaskPlan):
         if not self.reshapes: return super().cover_indices(y)
         return retain_type(torch.where(self.mask(y.shape[2:]).unsqueeze(1) >= .5, *self._moved(y.as_subclass(Tensor))), y)
 
-# %% ../nbs/14_puzzle.ipynb #1a4d5b3f
+# %% ../nbs/14_puzzle.ipynb #c01cb24e
 class PuzzleMixCallback(MaskCallback):
     "Show the blocks of each item and of its partner that matter most to the model ([Kim, Choo and Song 2020](https://arxiv.org/abs/2009.06962); with ways of our own to the optima)"
     asks_model = True
@@ -250,7 +251,7 @@ class PuzzleMixCallback(MaskCallback):
         yb:tuple, # Their targets
         n:int, # Number of items
     )->dict: # Shape (n, *blocks), by the number of dimensions
-        "How salient the blocks of the inputs are that are mixed and have places"
+        "How salient the blocks of the inputs are that are mixed and have positions"
         if self.mixer is None and 'mixer' not in self.memory: self.memory['mixer'] = InputMixer(self.learn.model, xb, self.inputs)
         mixer = self.mixer or self.memory['mixer']
         def chosen(x, path): return mixer.rule(x, path, n) == 'blend' and 3 <= x.ndim <= 5

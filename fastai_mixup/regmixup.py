@@ -1,4 +1,4 @@
-"""The clean batch and its mixture in one step: mixing as a regulariser beside the usual loss, not in its place.
+"""The clean batch and its mixture in one step: mixing as a regulariser beside the usual loss, not instead of it.
 
 Docs: https://fastai-mixup.github.io/fastai_mixup/regmixup.html.md"""
 
@@ -7,7 +7,9 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/regmixup.html.md"""
 # %% auto #0
 __all__ = ['RegMixUp', 'stack_batches', 'split_batches', 'RegMixUpCallback']
 
-# %% ../nbs/15_regmixup.ipynb #12609fdd
+# %% ../nbs/15_regmixup.ipynb #e94e3d01
+from collections.abc import Callable
+
 import torch
 from fastcore.meta import delegates
 from torch import Tensor
@@ -16,7 +18,7 @@ from .callback import AroundCallback, MixCallback
 from .core import check_number, leaves, map_leaves
 from .targets import mixed_loss
 
-# %% ../nbs/15_regmixup.ipynb #d2868fc9
+# %% ../nbs/15_regmixup.ipynb #9d7746ef
 def _has_rows(o, n): return isinstance(o, Tensor) and o.ndim > 0 and len(o) == n
 
 def stack_batches(
@@ -38,7 +40,7 @@ def split_batches(
         f"{[tuple(o.shape) for o,_ in leaves(pred) if isinstance(o, Tensor)]}. Use `MixUp`.")
     return tuple(map_leaves(lambda o,_: o[at] if _has_rows(o, 2*n) else o, pred) for at in (slice(n), slice(n, None)))
 
-# %% ../nbs/15_regmixup.ipynb #d230437c
+# %% ../nbs/15_regmixup.ipynb #48169712
 def _memory(o): return [v.data_ptr() if isinstance(v, Tensor) else v for v,_ in leaves(o)]
 
 class RegMixUpCallback(AroundCallback):
@@ -47,9 +49,9 @@ class RegMixUpCallback(AroundCallback):
 
     @delegates(MixCallback.__init__, but=['alpha'])
     def __init__(self,
-        alpha:float|None=None, # Parameter of Beta(alpha, alpha): 0 for no mixing, or from 1e-9 to 1e9; larger mixes more. `None` is 10
+        alpha:float|Callable|None=None, # Parameter of Beta(alpha, alpha): 0 for no mixing, or from 1e-9 to 1e9; larger mixes more. `None` is 10
         eta:float=1., # Weight of the mixed loss, from 0 to 1000; the clean one has 1
-        method=None, # A callback such as `CutMix()`, by whose dials the items are mixed; `None` averages them by `alpha`
+        method:MixCallback|None=None, # A callback such as `CutMix()`, by whose dials the items are mixed; `None` averages them by `alpha`
         **kwargs
     ):
         "Raises a `TypeError` or `ValueError` that names the argument, its range and what was received"

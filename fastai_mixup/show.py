@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/show.html.md"""
 # %% auto #0
 __all__ = ['lesser_share', 'plot_lam', 'plot_schedule', 'Peek', 'Shown', 'mixed_label']
 
-# %% ../nbs/22_show.ipynb #1fc2f60f
+# %% ../nbs/22_show.ipynb #50d949b2
 import copy
 import math
 import re
@@ -35,7 +35,7 @@ from .find import check_count
 from .indices import MixedIndex
 from .manifold import ManifoldMixUpCallback, _same_draws
 
-# %% ../nbs/22_show.ipynb #1361128e
+# %% ../nbs/22_show.ipynb #db0fd25f
 def lesser_share(
     alpha:float, # From 1e-9 to 1e9
 )->float: # In [0, .5]
@@ -69,7 +69,7 @@ def _lam_title(alphas):
     if len(alphas) > 1: return 'Small alpha leaves items alone, large alpha mixes half and half'
     return f'alpha={alphas[0]:g}: the larger part is {1-lesser_share(alphas[0]):.0%} on average'
 
-# %% ../nbs/22_show.ipynb #aa36c7af
+# %% ../nbs/22_show.ipynb #c484e5f6
 class _Moment:
     "Stands for a Learner at one moment of its training"
     cbs = ()
@@ -115,7 +115,7 @@ def plot_schedule(
     ax.set_title(fill(_course(epochs, shares, "Partners' share" if cb.fold else "The smaller part's share"), 64), fontsize='medium')
     return ax
 
-# %% ../nbs/22_show.ipynb #9ed9b2a0
+# %% ../nbs/22_show.ipynb #5dace1f0
 def _quoted(name):
     "A name; in quotation marks if it might be taken for a number"
     return str(name) if any(map(str.isalpha, str(name))) else f'“{name}”'
@@ -161,7 +161,7 @@ def _layers_title(places):
     layers = [place for place in places if not isinstance(place, str)]
     return f'Mixed {_listed([_where(p) for p in places] if len(places) <= 4 else [*ends, f"after one of {len(layers)} layers"], "or")}'
 
-# %% ../nbs/22_show.ipynb #f9820cc5
+# %% ../nbs/22_show.ipynb #a825abfa
 class Peek:
     "One training batch, as the callback of a Learner mixes it"
     def __init__(self,
@@ -222,7 +222,7 @@ class Peek:
         plan = self.plan
         return plan.lam if isinstance(plan.perm, Others) else plan.lam.where(plan.index != torch.arange(len(plan), device=plan.lam.device), 1.)
 
-# %% ../nbs/22_show.ipynb #9b2f74e3
+# %% ../nbs/22_show.ipynb #8e66dc78
 class Shown:
     "The first items of a `Peek`, decoded as far as the DataLoader knows how: normalisation undone, categories and words by name"
     def __init__(self,
@@ -263,7 +263,7 @@ class Shown:
         labels = f' and {_percent([w for w,_ in self.weights])} of their labels' if peek.plan.weighs_labels else ''
         return f'{name}: {where}items keep {_percent(peek.kept[:self.n])} of themselves{labels}'
 
-# %% ../nbs/22_show.ipynb #3644fa91
+# %% ../nbs/22_show.ipynb #f7b78815
 def _parts(own, partner, w, w1):
     "What counts at least half a percent; the percents add up"
     first = round(100*w)
@@ -284,7 +284,7 @@ def mixed_label(
     total = round(100*(w+w1))
     return own if total == 100 else f'{total}% {own}'
 
-# %% ../nbs/22_show.ipynb #43b38dbd
+# %% ../nbs/22_show.ipynb #1e873054
 def _as_picture(x):
     "Something that can be shown as a picture, or `None`"
     if isinstance(x, str) or not hasattr(x, 'shape') or (isinstance(x, Tensor) and not x.is_floating_point() and x.ndim < 2): return None
@@ -336,7 +336,7 @@ def _pictures(shown, axs, **kwargs):
             for ax,samples,title in zip(axs[2*i:2*i+2], (shown.own, shown.partner), (label, 'partner')): _show_one(_as_picture(samples[i][0]), ax, title)
     return axs
 
-# %% ../nbs/22_show.ipynb #bd336d2f
+# %% ../nbs/22_show.ipynb #48b4f6c8
 def _signals(shown, axs, **kwargs):
     if axs is None: axs = _grid(shown, shown.n, min(shown.n, 3), side=2.4, **kwargs)
     for i,(ax,label) in enumerate(zip(axs, shown.labels)):
@@ -347,7 +347,7 @@ def _signals(shown, axs, **kwargs):
         ax.set_title(label, fontsize='small')
     return axs
 
-# %% ../nbs/22_show.ipynb #14e669e9
+# %% ../nbs/22_show.ipynb #319d43a0
 def _beside(own, partner, mixed):
     "A cell: the mixed number, or both"
     if isinstance(mixed, (float, np.floating)): return f'{mixed:.4g}'
@@ -384,7 +384,7 @@ def _rows(shown, axs, **kwargs):
     _tell(res, shown.title)
     return res
 
-# %% ../nbs/22_show.ipynb #4d8697b6
+# %% ../nbs/22_show.ipynb #74aed0b5
 def _shower(x):
     if _as_picture(x) is not None: return _pictures
     return _signals if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (1, 2) and x.shape[-1] > 3 else _rows
