@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/callback.html.md"""
 __all__ = ['MixUp', 'MixCallback', 'MixUpCallback', 'AroundCallback', 'check_p', 'dial_at', 'check_dial', 'check_moment',
            'check_window', 'check_callable', 'check_leaves', 'check_pairs', 'check_label_lam', 'Scheduled']
 
-# %% ../nbs/05_callback.ipynb #38759253
+# %% ../nbs/05_callback.ipynb #46444dc0
 import inspect
 import sys
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from itertools import chain
 from numbers import Integral
 
 import torch
+import torch.distributed as dist
 from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
@@ -28,8 +29,10 @@ from .core import ALPHA_MIN, DrawnAhead, Others, Plan, check_alpha, check_choice
 from .inputs import InputMixer, check_inputs_option, is_sharded
 from .targets import check_targets, knows_items, mixed_loss
 
-# %% ../nbs/05_callback.ipynb #6d538b69
+# %% ../nbs/05_callback.ipynb #09625193
 _FIRST,_LAST = float('-inf'),float('inf')
+
+def _rank(): return dist.get_rank() if dist.is_available() and dist.is_initialized() else rank_distrib()
 
 def _check_generator(generator):
     if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != 'cpu'):
@@ -191,7 +194,7 @@ class MixCallback(Callback):
         if self.pairing is not None and self._carries_state(): raise ValueError(
             f"pairing={self.pairing!r} cannot be used where one plan is kept for an epoch (`stateful=True`, language models)")
         if self.kept is not None and len(self.kept) == n: return self.kept
-        if self.draws is None: self.draws = DrawnAhead(self.generator or private_generator('mixing', rank_distrib()))
+        if self.draws is None: self.draws = DrawnAhead(self.generator or private_generator('mixing', _rank()))
         if p < 1 and torch.rand((), generator=self.draws.generator) >= p: return None
         integers = any(isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex()) for y,_ in leaves(self.learn.yb))
         shared = self.per == 'batch' or (integers and not knows_items(self.learn.loss_func))
@@ -308,7 +311,7 @@ class MixCallback(Callback):
         "Raise a `RuntimeError` if an input that had to be mixed in the model was not"
         if self.mixed is not None: self.mixer.check_seen(self.mixed)
 
-# %% ../nbs/05_callback.ipynb #cdbd79cc
+# %% ../nbs/05_callback.ipynb #3efb77aa
 class MixUpCallback(MixCallback):
     "Mix each training item with a random other of its batch, inputs and targets ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))"
     def mix(self): self.mix_inputs()
@@ -316,7 +319,7 @@ class MixUpCallback(MixCallback):
 
 MixUp = MixUpCallback
 
-# %% ../nbs/05_callback.ipynb #d217a95e
+# %% ../nbs/05_callback.ipynb #a4c94509
 class AroundCallback(MixCallback):
     "Base of the callbacks that may mix by the method of another"
     def __init__(self,
@@ -357,7 +360,7 @@ class AroundCallback(MixCallback):
 
     def pairs_outside(self): return super().pairs_outside() or (self.method is not None and self.method.pairs_outside())
 
-# %% ../nbs/05_callback.ipynb #88db92fe
+# %% ../nbs/05_callback.ipynb #9eb10cc6
 def check_p(p):
     "Return `p`, the share of the batches that are mixed: a number from 0 to 1"
     return check_number('p', p, 0, 1)

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/labels.html.md"""
 __all__ = ['SnapMix', 'TransMix', 'remix_lam', 'ReMix', 'activation_maps', 'share_in_box', 'SnapMixCallback', 'last_attention',
            'attention_of', 'patch_grid', 'TransMixCallback']
 
-# %% ../nbs/12_labels.ipynb #32c6f1ac
+# %% ../nbs/12_labels.ipynb #9c7e9209
 import weakref
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ from .inputs import check_uncompiled, unwrapped
 from .manifold import _answering, _in_backward, _in_batch
 from .masks import CutMixCallback, MaskCallback, ResizePlan, _edges, _inside
 
-# %% ../nbs/12_labels.ipynb #34f1ab83
+# %% ../nbs/12_labels.ipynb #a25287ab
 def remix_lam(
     lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
     count:Tensor, # Number of items of its class, shape (n,)
@@ -71,7 +71,7 @@ class ReMix:
         n = len(cb.memory[self])
         return cb.memory[self].index_add_(0, y.clamp(0, n-1), ((y >= 0) & (y < n)).float())
 
-# %% ../nbs/12_labels.ipynb #97a20fc6
+# %% ../nbs/12_labels.ipynb #f5ec6f51
 def activation_maps(
     model:nn.Module, # A classifier; is left as it was
     layer:nn.Module, # One of its layers, whose output has positions
@@ -109,7 +109,7 @@ def share_in_box(
         maps = (maps*part.view(*part.shape, *[1]*(maps.ndim-2))).sum(1)
     return maps
 
-# %% ../nbs/12_labels.ipynb #22dcdafa
+# %% ../nbs/12_labels.ipynb #b87c9622
 def _shares(centre, side, size):
     "Edges of a box in whole positions, as shares of each side"
     edges = [_edges(centre[:,dim], side.expand_as(centre)[:,dim], n) for dim,n in enumerate(size)]
@@ -170,7 +170,7 @@ class SnapMixCallback(MaskCallback):
 
 SnapMix = SnapMixCallback
 
-# %% ../nbs/12_labels.ipynb #9647e95e
+# %% ../nbs/12_labels.ipynb #39ce190f
 class _Found(Exception):
     "Carries the attention out of a layer"
 
@@ -243,7 +243,7 @@ def patch_grid(
     grids = [(h, n//h) for n,h in heights if h and n % h == 0 and error((h, n//h)) < max(size)]
     return min(grids, key=error, default=None)
 
-# %% ../nbs/12_labels.ipynb #eb55d160
+# %% ../nbs/12_labels.ipynb #3b2ce5bb
 class _Noted:
     "Notes what a layer is given while the model of `learn` answers to its batch, as long as `plan` lives"
     def __init__(self, layer, learn, plan):

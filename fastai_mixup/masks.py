@@ -10,7 +10,7 @@ __all__ = ['CutMix', 'FMix', 'GridMix', 'SmoothMix', 'ResizeMix', 'SaliencyMix',
            'GridMixCallback', 'SmoothMixCallback', 'shrink_into', 'ResizePlan', 'ResizeMixCallback', 'saliency',
            'salient_centre', 'SaliencyMixCallback']
 
-# %% ../nbs/09_masks.ipynb #bca8fc22
+# %% ../nbs/09_masks.ipynb #e108e237
 from collections.abc import Callable
 from functools import cache
 
@@ -24,7 +24,7 @@ from .callback import MixCallback, MixUpCallback
 from .core import Plan, blend, check_choice, check_number, leaves, plainly
 from .inputs import InputMixer
 
-# %% ../nbs/09_masks.ipynb #be565fcb
+# %% ../nbs/09_masks.ipynb #26fe301e
 class MaskPlan(Plan):
     "A plan in which each position of an item has a weight of its own"
     reshapes = False # Does it show the partner in another shape?
@@ -85,7 +85,7 @@ class MaskPlan(Plan):
         with_channels = y if len(self.places(y)) == y.ndim-2 else y.unsqueeze(1)
         return (self.cover if y.is_floating_point() else self.cover_indices)(with_channels).view(y.shape)
 
-# %% ../nbs/09_masks.ipynb #f6ff8845
+# %% ../nbs/09_masks.ipynb #29881b99
 def check_range(
     name:str, # Name of the argument, for the message
     value, # What the user passed
@@ -126,7 +126,7 @@ class MaskCallback(MixUpCallback):
         drawn = torch.rand(rows, *shape, generator=self.draws.generator)*(high-low) + low
         return drawn.to(plan.lam.device, non_blocking=True).expand(len(plan), *shape)
 
-# %% ../nbs/09_masks.ipynb #6fad1932
+# %% ../nbs/09_masks.ipynb #6df462a8
 def _edges(centre, side, n):
     "The first position of a box and the first one after it, along a side of `n` positions"
     width = (side*n).round()
@@ -183,13 +183,13 @@ def _inside(centre, side): return torch.minimum(torch.maximum(centre, side/2), 1
 
 CutMix = CutMixCallback
 
-# %% ../nbs/09_masks.ipynb #3543a612
+# %% ../nbs/09_masks.ipynb #c8fbf905
 def low_frequency_noise(
     n:int, # Number of items
     size:tuple, # Of an item
     decay:float, # Power by which the amplitude falls with the frequency
     seed:int, # Of the noise
-    device=None,
+    device:torch.device|str|None=None,
 )->Tensor: # Shape (n, *size)
     "Noise that is smooth in all dimensions"
     generator = torch.Generator(device or 'cpu').manual_seed(seed)
@@ -237,7 +237,7 @@ class FMixCallback(MaskCallback):
 
 FMix = FMixCallback
 
-# %% ../nbs/09_masks.ipynb #9653b467
+# %% ../nbs/09_masks.ipynb #8b0ca91e
 class GridMixCallback(MaskCallback):
     "Replace cells of a grid by the partner's ([Baek et al. 2021](https://doi.org/10.1016/j.patcog.2020.107594); without its loss for each cell)"
     @delegates(MixCallback.__init__, but=['alpha', 'fold'])
@@ -263,7 +263,7 @@ class GridMixCallback(MaskCallback):
 
 GridMix = GridMixCallback
 
-# %% ../nbs/09_masks.ipynb #b01eafb9
+# %% ../nbs/09_masks.ipynb #0c235788
 class SmoothMixCallback(MaskCallback):
     "Fade a round part of each item into its partner (Lee et al. 2020)"
     takes_alpha = False
@@ -289,7 +289,7 @@ class SmoothMixCallback(MaskCallback):
 
 SmoothMix = SmoothMixCallback
 
-# %% ../nbs/09_masks.ipynb #25b90be6
+# %% ../nbs/09_masks.ipynb #c69364b5
 def _on_a_line(centre, side):
     "The box of a signal as that of a picture one position high"
     return torch.stack([torch.full_like(centre[:,0], .5), centre[:,0]], 1),torch.cat([torch.ones_like(side), side], 1)
@@ -355,7 +355,7 @@ class ResizeMixCallback(MaskCallback):
 
 ResizeMix = ResizeMixCallback
 
-# %% ../nbs/09_masks.ipynb #b05f73be
+# %% ../nbs/09_masks.ipynb #c0a5fa0e
 _AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def _blur(x, share):

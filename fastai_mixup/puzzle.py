@@ -9,7 +9,7 @@ __all__ = ['Puzzle', 'PuzzleMix', 'input_gradients', 'block_salience', 'smoothed
            'travel_cost', 'transport', 'at_places', 'source_places', 'move_blocks', 'solve_puzzle', 'PuzzlePlan',
            'PuzzleMixCallback']
 
-# %% ../nbs/14_puzzle.ipynb #7cf5ce6c
+# %% ../nbs/14_puzzle.ipynb #b0230e81
 from collections import namedtuple
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ from .cuts import untouched
 from .inputs import InputMixer
 from .masks import MaskCallback, MaskPlan
 
-# %% ../nbs/14_puzzle.ipynb #7e443e8f
+# %% ../nbs/14_puzzle.ipynb #3f129709
 def input_gradients(
     model:nn.Module, # In the mode in which it is trained; is left as it was
     loss_func:Callable, # Called as `loss_func(pred, *yb)`; what it returns is summed
@@ -55,7 +55,7 @@ def block_salience(
     tiny = torch.finfo(salient.dtype).tiny
     return salient / salient.flatten(1).mean(1).clamp_min(tiny).view(-1, *[1]*(salient.ndim-1))
 
-# %% ../nbs/14_puzzle.ipynb #a7a52f56
+# %% ../nbs/14_puzzle.ipynb #7195321a
 def _pulled(field, pulls):
     for d,pull in enumerate(pulls, 1): field = field + F.pad(pull, [0]*2*(field.ndim-1-d) + [1, 1]).diff(dim=d)
     return field
@@ -95,7 +95,7 @@ def puzzle_mask(
     cuts = prior_cuts(lam, levels, prior).view(len(lam), levels-1, *[1]*(evened.ndim-1))
     return (evened.unsqueeze(1) > cuts).float().mean(1)
 
-# %% ../nbs/14_puzzle.ipynb #6506fcdd
+# %% ../nbs/14_puzzle.ipynb #9f490beb
 def mask_energy(
     mask:Tensor, # In [0, 1], shape (n, *blocks)
     field:Tensor, # How much better a block is as the item's own, shape (n, *blocks)
@@ -105,10 +105,10 @@ def mask_energy(
     borders = sum(mask.diff(dim=d).abs().flatten(1).sum(1) for d in range(1, mask.ndim))
     return weight*borders - (mask*field).flatten(1).sum(1)
 
-# %% ../nbs/14_puzzle.ipynb #c8c738c9
+# %% ../nbs/14_puzzle.ipynb #0d0462cb
 def travel_cost(
     blocks:tuple, # Along each side
-    device=None,
+    device:torch.device|str|None=None,
 )->Tensor: # Shape (blocks in all, blocks in all)
     "The squared distance between any two blocks, in sides"
     at = torch.meshgrid(*((torch.arange(b, device=device))/b for b in blocks), indexing='ij')
@@ -137,7 +137,7 @@ def transport(
         source = source.gather(1, mate).where(mate.gather(1, mate) == here, source)
     return source
 
-# %% ../nbs/14_puzzle.ipynb #f0bb78e3
+# %% ../nbs/14_puzzle.ipynb #c56623d2
 def _first(block, n, blocks): return (block*n + blocks-1) // blocks # position of a block along a side of n
 
 def at_places(
@@ -172,7 +172,7 @@ def move_blocks(
     moved = x.flatten(2).gather(2, places[:,None].expand(-1, x.shape[1], -1)).view(x.shape)
     return moved if x.is_contiguous() else torch.empty_like(x).copy_(moved) # channels last, say
 
-# %% ../nbs/14_puzzle.ipynb #d3ae6c0c
+# %% ../nbs/14_puzzle.ipynb #f212050f
 Puzzle = namedtuple('Puzzle', 'mask own other') # share of the item in each block; which block of itself, and of its partner, each block holds
 
 def solve_puzzle(
@@ -222,7 +222,7 @@ class PuzzlePlan(MaskPlan):
         if not self.reshapes: return super().cover_indices(y)
         return retain_type(torch.where(self.mask(y.shape[2:]).unsqueeze(1) >= .5, *self._moved(y.as_subclass(Tensor))), y)
 
-# %% ../nbs/14_puzzle.ipynb #c01cb24e
+# %% ../nbs/14_puzzle.ipynb #7058efe9
 class PuzzleMixCallback(MaskCallback):
     "Show the blocks of each item and of its partner that matter most to the model ([Kim, Choo and Song 2020](https://arxiv.org/abs/2009.06962); with ways of our own to the optima)"
     asks_model = True

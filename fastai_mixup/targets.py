@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/targets.html.md"""
 __all__ = ['check_targets', 'is_loss', 'is_known', 'is_cross_entropy', 'is_smoothing', 'is_nll', 'is_index', 'blend_targets',
            'loss_option', 'unreduced', 'knows_items', 'mixed_loss']
 
-# %% ../nbs/02_targets.ipynb #1e1b4a13
+# %% ../nbs/02_targets.ipynb #30682721
 import copy
 import inspect
 from functools import lru_cache, partial
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .core import Plan, align, leaves, map_leaves, plainly
 from .losses import cross_entropy, fit_target, reduce_loss
 
-# %% ../nbs/02_targets.ipynb #3d89907b
+# %% ../nbs/02_targets.ipynb #14cc850d
 def _name(path): return 'Target ' + '/'.join(map(str, path))
 
 @plainly
@@ -41,17 +41,22 @@ def check_targets(
         if y.layout != torch.strided or y.ndim == 0 or len(y) != n: raise ValueError(
             f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} items.")
 
-# %% ../nbs/02_targets.ipynb #f2675029
+# %% ../nbs/02_targets.ipynb #d668ee07
 _TORCH_LOSSES = 'torch.nn.modules.loss', 'torch.nn.functional', 'fastai.losses'
 
-def _inner(loss_func): return loss_func.func if isinstance(loss_func, BaseLoss) else loss_func
-def _uncompiled(loss_func): return getattr(loss_func, '_orig_mod', loss_func) if isinstance(loss_func, nn.Module) else loss_func
+def _uncompiled(loss_func):
+    "What `torch.compile` was given"
+    if isinstance(loss_func, nn.Module): return getattr(loss_func, '_orig_mod', loss_func)
+    while inspect.isfunction(loss_func) and hasattr(loss_func, '__wrapped__') and loss_func.__globals__['__name__'].startswith('torch._dynamo'): loss_func = loss_func.__wrapped__
+    return loss_func
+
+def _inner(loss_func): return loss_func.func if isinstance(loss_func, BaseLoss) else _uncompiled(loss_func)
 
 def _parts(loss_func):
     "The function behind wrappers whose behaviour is known"
     loss_func = _uncompiled(loss_func)
     if isinstance(loss_func, BaseLoss) and type(loss_func).__call__ is BaseLoss.__call__: return loss_func.func
-    return loss_func.func if isinstance(loss_func, partial) and not loss_func.args and inspect.isroutine(loss_func.func) else loss_func
+    return _uncompiled(loss_func.func) if isinstance(loss_func, partial) and not loss_func.args and inspect.isroutine(loss_func.func) else loss_func
 
 def is_loss(
     loss_func, # Any loss function
@@ -67,13 +72,14 @@ def is_known(
 )->bool:
     "Is it a loss of torch or fastai?"
     func = _parts(loss_func)
+    if inspect.isfunction(func) and hasattr(func, '__wrapped__'): return False # a decorator's, which passes for what it decorates
     return (func.__module__ if inspect.isroutine(func) else type(func).__module__) in _TORCH_LOSSES
 
 def is_cross_entropy(loss_func): return is_loss(loss_func, nn.CrossEntropyLoss, F.cross_entropy)
 def is_smoothing(loss_func): return is_loss(loss_func, LabelSmoothingCrossEntropy)
 def is_nll(loss_func): return is_loss(loss_func, nn.NLLLoss, F.nll_loss)
 
-# %% ../nbs/02_targets.ipynb #41b56127
+# %% ../nbs/02_targets.ipynb #41e952cb
 _LABELS = nn.MultiLabelMarginLoss,nn.HingeEmbeddingLoss,nn.SoftMarginLoss,nn.CosineEmbeddingLoss,nn.MarginRankingLoss
 
 @plainly
@@ -97,7 +103,7 @@ def blend_targets(
     dtype = torch.promote_types(getattr(pred, 'dtype', torch.float32), torch.float32)
     return map_leaves(lambda y,_: plan.blend_numbers(y, None if y.is_floating_point() or y.is_complex() else dtype), yb)
 
-# %% ../nbs/02_targets.ipynb #2951e318
+# %% ../nbs/02_targets.ipynb #d0cb4c2a
 @lru_cache(maxsize=16)
 def _default(func, name):
     param = inspect.signature(func).parameters.get(name)
@@ -128,7 +134,7 @@ def unreduced(
     res.reduction = 'none'
     return res
 
-# %% ../nbs/02_targets.ipynb #3c3c943c
+# %% ../nbs/02_targets.ipynb #9c257d98
 def knows_items(
     loss_func, # Any loss function
 )->bool:
@@ -136,7 +142,7 @@ def knows_items(
     if callable(getattr(loss_func, 'mixed', None)) or is_cross_entropy(loss_func) or is_nll(loss_func): return True
     return is_known(loss_func) and loss_option(loss_func, 'reduction') is not None and not is_loss(loss_func, nn.CTCLoss, F.ctc_loss)
 
-# %% ../nbs/02_targets.ipynb #cf7f59c8
+# %% ../nbs/02_targets.ipynb #7c09247a
 def _in_order_of(loss_func, loss):
     "Unreduced losses as `loss_func` arranges them"
     if not isinstance(loss_func, BaseLoss) or loss.ndim == 0: return loss

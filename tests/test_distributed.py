@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, SGD, nn
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, SGD, nn, set_seed
 
 pytest.importorskip('accelerate')
 from oracle import close
@@ -74,6 +75,19 @@ def test_each_rank_draws_its_own(two, four):
     for pages in steps(two, 'batch'):
         for p in pages: close(lam_of(p), lam_of(p)[:1].expand(len(p.M)))
         assert lam_of(pages[0])[0] != lam_of(pages[1])[0]
+
+def test_the_rank_is_that_of_the_process_group(monkeypatch):
+    "Not only that of the environment, which launchers set and `init_process_group(rank=…)` does not"
+    def drawn(rank):
+        monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+        monkeypatch.setattr(dist, 'get_rank', lambda: rank)
+        set_seed(0)
+        learn = Learner(DataLoaders([(torch.eye(6), torch.arange(6) % 3)], [], device='cpu'), nn.Linear(6, 3), nn.CrossEntropyLoss(), cbs=MixUp(1.))
+        seen = []
+        learn.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+        return seen[0]
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
 
 def test_one_seed_gives_one_training(two):
     for rank in two:

@@ -1,5 +1,5 @@
 "Other precisions, layouts and ways to run: what is mixed, and what it costs the model, are those of plain float32."
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import pytest
@@ -147,13 +147,13 @@ def in_place(loss, **kwargs):
     loss.compile(**kwargs)
     return loss
 
-LOSSES = dict(ce=nn.CrossEntropyLoss, function=lambda: F.cross_entropy, smoothed=partial(LabelSmoothingCE, .1), weighted=partial(nn.CrossEntropyLoss, weight=torch.tensor([1., 2, 3])),
+LOSSES = dict(ce=nn.CrossEntropyLoss, function=lambda: F.cross_entropy, bound=lambda: partial(F.cross_entropy, weight=torch.tensor([1., 2, 3]), ignore_index=1), smoothed=partial(LabelSmoothingCE, .1), weighted=partial(nn.CrossEntropyLoss, weight=torch.tensor([1., 2, 3])),
               summed=partial(nn.CrossEntropyLoss, reduction='sum'), margin=nn.MultiMarginLoss)
 
 @pytest.mark.parametrize('compiled', [torch.compile, in_place], ids=['wrapped', 'in place'])
 @pytest.mark.parametrize('name', LOSSES)
 def test_compiled_loss(name, compiled):
-    if name == 'function' and compiled is in_place: pytest.skip('functions are wrapped')
+    if name in ('function', 'bound') and compiled is in_place: pytest.skip('functions are wrapped')
     torch._dynamo.reset()
     plain,_ = fit('embedded', loss_func=LOSSES[name]())
     pages,_ = fit('embedded', loss_func=(loss := compiled(LOSSES[name](), backend='eager')))
@@ -162,6 +162,21 @@ def test_compiled_loss(name, compiled):
         assert torch.equal(a.lam, b.lam) and len(a.lam.unique()) > 1
         close(a.loss, b.loss, 1e-5)
         assert apart(a.grads, b.grads) < 1e-5
+
+def test_compiled_function_with_bound_options():
+    weighted = dict(weight=torch.tensor([1., 2, 3]), ignore_index=1)
+    plain,_ = fit('embedded', loss_func=partial(F.cross_entropy, **weighted))
+    pages,_ = fit('embedded', loss_func=partial(torch.compile(F.cross_entropy, backend='eager'), **weighted))
+    for a,b in zip(plain, pages, strict=True): close(a.loss, b.loss, 1e-5)
+
+def test_a_decorator_does_not_pass_for_what_it_decorates():
+    @wraps(F.cross_entropy)
+    def doubled(pred, y): return 2*F.cross_entropy(pred, y)
+    pages,_ = fit('embedded', loss_func=doubled)
+    for p in pages:
+        lam = p.lam.unique()
+        assert len(lam) == 1
+        close(p.loss, 2*loss_of(p), 1e-5)
 
 @pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
 @pytest.mark.parametrize('kind', ['inputs', 'boxes'])
