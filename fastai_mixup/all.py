@@ -13,7 +13,7 @@ __all__ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', '
            'MixFound', 'ReMix', 'AcrossRanks', 'DifferentClass', 'NearTarget', 'PreviousBatch', 'SameClass', 'plot_lam',
            'plot_schedule']
 
-# %% ../nbs/90_all.ipynb #06ad631f
+# %% ../nbs/90_all.ipynb #e14b2a10
 from .align import AlignMixUp, AlignMixUpCallback
 from .callback import MixUp, MixUpCallback
 from .choice import RandomMix, RandomMixCallback
@@ -30,7 +30,7 @@ from .records import MeanLam, MixedAccuracy, MixedShare
 from .regmixup import RegMixUp, RegMixUpCallback
 from .show import plot_lam, plot_schedule
 
-# %% ../nbs/90_all.ipynb #8060e70a
+# %% ../nbs/90_all.ipynb #077d0b4f
 _all_ = ['MixUp', 'MixUpCallback', 'ManifoldMixUp', 'ManifoldMixUpCallback', 'LabelSmoothingCE',
          'AlignMixUp', 'AlignMixUpCallback', 'CutMix', 'CutMixCallback', 'FMix', 'FMixCallback', 'GridMix', 'GridMixCallback',
          'PuzzleMix', 'PuzzleMixCallback', 'RandomMix', 'RandomMixCallback', 'RegMixUp', 'RegMixUpCallback', 'ResizeMix', 'ResizeMixCallback', 'SaliencyMix', 'SaliencyMixCallback',

@@ -63,7 +63,7 @@ def test_entries():
     from fastai_mixup.records import check_classes
     said = Entry(MixUp)._repr_markdown_()
     assert '### MixUpCallback' in said and "MixUpCallback(alpha=0.4, p=1.0, fold=True, per='item'" in said and '# Param' not in said
-    assert "\n\n|  | type | default |  |\n| --- | --- | --- | --- |\n| `alpha` | `float` | `0.4` | Parameter of Beta" in said and r'`bool \| None`' in said and 'NoneType' not in said
+    assert "\n\n|  | type | default |  |\n| --- | --- | --- | --- |\n| `alpha` | `float \\| Callable` | `0.4` | Parameter of Beta" in said and r'`bool \| None`' in said and 'NoneType' not in said
     assert '|  | type |  |\n' in Entry(check_classes)._repr_markdown_() and '| *returns* | `tuple` | ' in Entry(check_classes)._repr_markdown_()
     assert max(map(len, call('f', {f'argument{i}': dict(default=i) for i in range(20)}).split('\n'))) < 96
     def bare(a, *b, **c): "Bare"
