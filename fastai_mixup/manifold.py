@@ -7,14 +7,16 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/manifold.html.md"""
 # %% auto #0
 __all__ = ['ManifoldMixUp', 'ManifoldMixUpCallback', 'ArmedLayer', 'check_output_mixing', 'select_cuts']
 
-# %% ../nbs/08_manifold.ipynb #0bd23e79
+# %% ../nbs/08_manifold.ipynb #1038618e
 import random
 import sys
 import threading
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from warnings import warn
 
 import numpy as np
@@ -32,7 +34,7 @@ from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
 from .inputs import InputMixer, check_uncompiled, is_sharded, unwrapped
 from .targets import is_loss
 
-# %% ../nbs/08_manifold.ipynb #6dab3298
+# %% ../nbs/08_manifold.ipynb #562dab91
 class ManifoldMixUpCallback(AroundCallback):
     "Mix each training batch at one random layer, the input or a hidden one ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['alpha'])
@@ -181,7 +183,7 @@ class ManifoldMixUpCallback(AroundCallback):
 
 ManifoldMixUp = ManifoldMixUpCallback
 
-# %% ../nbs/08_manifold.ipynb #4467980a
+# %% ../nbs/08_manifold.ipynb #15c8b91f
 _CALL,_RUN = nn.Module._wrapped_call_impl.__code__,nn.Module._call_impl.__code__ # what was called, and what runs, by arguments that hooks may have changed
 
 def _frames():
@@ -191,6 +193,10 @@ def _frames():
         frame = frame.f_back
 
 def _in_backward(): return torch._C._current_graph_task_id() != -1
+
+def _step():
+    "The number that the next node of the autograd graph will have"
+    return torch.autograd._get_sequence_nr()
 
 def _in_batch(learn):
     "Is `learn` running a batch? (The threads of the autograd engine, which belong to it, have no stack of their own.)"
@@ -216,12 +222,20 @@ class ArmedLayer:
         cut:Cut, # The layer; without `dims`, all its floats that have a row per item are mixed
         plan:Plan, # Who is mixed with whom
     ):
-        self.cut,self.plan,self.calls,self.unmixed = cut,plan,0,False
+        self.cut,self.plan,self.calls = cut,plan,0
+        self.model,self.ended = owner.learn.model,[(_step(), False)]
         self.handle = handle = register_module_forward_hook(self)
         self.owner = weakref.ref(owner, lambda _: handle.remove())
 
     def __call__(self, module, args, out):
+        if module is self.model and not _in_backward(): self._ends()
         if module is self.cut.module and self._asked(): return self._mixed(out)
+
+    def _ends(self):
+        "Remember until which step of the graph a call of the model reached, and whether it was the batch's"
+        owner = self.owner()
+        if owner is None or owner.learn is None: return
+        self.ended.append((_step(), _answering(owner.learn) is not None))
 
     def _asked(self):
         "Is the model answering to the batch?"
@@ -230,17 +244,21 @@ class ArmedLayer:
         if _in_backward(): return self._again()
         call = _answering(owner.learn)
         if call is None:
-            self.unmixed |= torch.is_grad_enabled()
+            if torch.is_grad_enabled(): self.ended.append((_step(), None))
             return False
         if self.call() is not call: self.call,self.calls = weakref.ref(call),0
         self.calls += 1
         return True
 
     def _again(self):
-        "A repeated forward pass is mixed as before, if it can only be that of the batch"
-        if self.unmixed: raise RuntimeError(
-            f"{self.cut.name} runs again in the backward pass (activation checkpointing), and besides the batch something else, such as a callback, has called the model: "
-            "which of the two runs again cannot be told. Do without the checkpointing, call the model under `torch.no_grad()`, or use `MixUp`.")
+        "Does the backward pass repeat the layer for a step of the graph that the batch has made?"
+        node = torch._C._current_autograd_node()
+        if node is None: return False
+        after = bisect_right(self.ended, node._sequence_nr(), key=itemgetter(0))
+        if after == len(self.ended) or not self.ended[after][1]: return False
+        if self.ended[after-1][1] is None: raise RuntimeError(
+            f"{self.cut.name} runs again in the backward pass (activation checkpointing), and before the batch something else, such as a callback, has called a part of the model: "
+            "which of the two runs again cannot be told. Do without the checkpointing, call the whole model or under `torch.no_grad()`, or use `MixUp`.")
         return True
 
     def _mixed(self, out):
@@ -272,7 +290,7 @@ class ArmedLayer:
 
     def disarm(self): self.handle.remove()
 
-# %% ../nbs/08_manifold.ipynb #d0d5ceeb
+# %% ../nbs/08_manifold.ipynb #b9ba7f07
 _LOG_PROBABILITIES = (nn.NLLLoss, F.nll_loss), (nn.KLDivLoss, F.kl_div), (nn.CTCLoss, F.ctc_loss), (nn.PoissonNLLLoss, F.poisson_nll_loss)
 
 def check_output_mixing(

@@ -215,26 +215,53 @@ def test_methods_that_look_into_the_model_refuse_a_compiled_one(kind, who, chang
     monkeypatch.setitem(KINDS, kind, KINDS_INSIDE[kind])
     with pytest.raises(ValueError, match=f'{who} cannot look into a compiled model'): fit(kind, change=change)
 
-@pytest.mark.parametrize('again,grad,refused', [(True, True, True), (True, False, False), (False, True, False)])
-def test_who_runs_again_in_the_backward_pass_must_be_known(again, grad, refused):
-    "The recomputed pass of a callback's own call must not be mixed with that of the batch"
-    class Frozen(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem,self.mid,self.head = nn.Linear(27, 8).requires_grad_(False),nn.Linear(8, 8),nn.Linear(8, CLASSES)
-        def part(self, x): return self.mid(self.stem(x.flatten(1)).tanh()).tanh()
-        def forward(self, x): return self.head(checkpoint(self.part, x, use_reentrant=False) if again else self.part(x))
-    class Clean(Callback):
-        order,run_valid = 50,False
-        def after_loss(self):
-            with torch.set_grad_enabled(grad): clean = F.cross_entropy(self.model(self.x.clone()), self.y)
-            self.learn.loss_grad = self.learn.loss_grad + clean
+class Thrice(nn.Module):
+    def __init__(self, again, **kwargs):
+        super().__init__()
+        self.stem,self.mid,self.end,self.head = nn.Linear(27, 8),nn.Linear(8, 8),nn.Linear(8, 8),nn.Linear(8, CLASSES)
+        self.again,self.kwargs = again,kwargs
+    def part(self, x): return self.end(self.mid(x).tanh()).sigmoid()
+    def forward(self, x):
+        x = self.stem(x.flatten(1)).tanh()
+        return self.head(checkpoint(self.part, x, use_reentrant=False, **self.kwargs) if self.again else self.part(x))
+
+class OwnCall(Callback):
+    "Adds a loss of its own call of the model (or of `part` of it), made in `event`"
+    run_valid = False
+    def __init__(self, event, order, grad=True, part=None):
+        self.event,self.order,self.grad,self.part = event,order,grad,part
+        setattr(self, event, self.call)
+        if event != 'after_loss': self.after_loss = self.add
+    def call(self):
+        with torch.set_grad_enabled(self.grad):
+            self.own = (self.part(self.model) if self.part else self.model)(self.x*.5 if not self.part else self.x.flatten(1)[:,:8]).pow(2).mean()
+        if self.event == 'after_loss': self.add()
+    def add(self): self.learn.loss_grad = self.learn.loss_grad + self.own
+
+def grads_beside(own, layer, again, **kwargs):
     torch.manual_seed(0)
-    batches = [(torch.randn(6, 3, 3, 3), y) for y in Y]
-    learn = quiet(Learner(DataLoaders(batches, [], device='cpu'), Frozen(), CrossEntropyLossFlat(), SGD, cbs=[ManifoldMixUp(1., layers='stem', include_input=False), Clean()]))
-    if refused:
-        with pytest.raises(RuntimeError, match='stem runs again in the backward pass'): learn.fit(1)
-    else: learn.fit(1)
+    batches,seen = [(torch.randn(6, 3, 3, 3), y) for y in Y],[]
+    class Keep(Callback):
+        def before_step(self): seen.append([p.grad.clone() for p in self.model.parameters()])
+    model = Thrice(again, **kwargs)
+    cbs = [ManifoldMixUp(1., layers=layer, include_input=False), *own, Keep()]
+    quiet(Learner(DataLoaders(batches, [], device='cpu'), model, CrossEntropyLossFlat(), SGD, lr=.1, cbs=cbs)).fit(1)
+    return seen
+
+@pytest.mark.parametrize('kwargs', [{}, dict(determinism_check='none')], ids=str)
+@pytest.mark.parametrize('layer', ['mid', 'end'])
+@pytest.mark.parametrize('calls', [
+    [('before_batch', 0)], [('before_batch', 95)], [('after_pred', 0)], [('after_loss', 0)], [('after_loss', 50)], [('after_loss', 50, False)],
+    [('before_batch', 0), ('before_batch', 95), ('after_pred', 50), ('after_loss', 50)],
+    [('after_loss', 50, True, lambda m: m.mid)], [('before_batch', 0, True, lambda m: m.mid)]])
+def test_only_the_pass_of_the_batch_is_mixed_again(calls, layer, kwargs):
+    "A callback's own call of the model, repeated in the backward pass too, stays as it was"
+    plain,again = [grads_beside([OwnCall(*c) for c in calls], layer, a, **kwargs) for a in (False, True)]
+    for a,b in zip(plain, again, strict=True):
+        for u,v in zip(a, b, strict=True): close(u, v)
+
+def test_what_cannot_be_told_apart_in_the_backward_pass_is_refused():
+    with pytest.raises(RuntimeError, match='mid runs again in the backward pass'): grads_beside([OwnCall('before_batch', 95, True, lambda m: m.mid)], 'mid', True)
 
 def test_reentrant_checkpoints_are_named():
     class Reentrant(nn.Module):
