@@ -7,10 +7,11 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/cuts.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'Call', 'PathCounts', 'Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../nbs/07_cuts.ipynb #1c55da50
+# %% ../nbs/07_cuts.ipynb #62c71ddc
 import random
 import weakref
 from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MethodType
@@ -27,7 +28,7 @@ from .core import leaves, map_leaves
 from .indices import MixedIndex
 from .inputs import InputMixer, is_sharded
 
-# %% ../nbs/07_cuts.ipynb #8c8ae1f0
+# %% ../nbs/07_cuts.ipynb #f299d16e
 def _items(v): return dict(v) if isinstance(v, dict) else list(v) if isinstance(v, list) else None
 def _snapshot(module): return {k: (v, _items(v)) for k,v in module.__dict__.items()}
 
@@ -63,7 +64,7 @@ def untouched(
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/07_cuts.ipynb #d1a9183e
+# %% ../nbs/07_cuts.ipynb #021b05b6
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: hangs what an embedding gives on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -188,7 +189,7 @@ class PathCounts:
         avoiding = self._before(nodes)
         return not sum(avoiding[v] for v in self.ends)
 
-# %% ../nbs/07_cuts.ipynb #b5d35a09
+# %% ../nbs/07_cuts.ipynb #0dff22b9
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -258,7 +259,7 @@ def find_cuts(
         cuts.append(Cut(names[module], module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, n_layers < 2 and first[0].looks_up))
     return cuts
 
-# %% ../nbs/07_cuts.ipynb #8e1ba222
+# %% ../nbs/07_cuts.ipynb #7d0bcd7b
 def _copy(o, _): return o.clone() if isinstance(o, Tensor) else o
 def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
 
@@ -306,11 +307,11 @@ def knows_nothing_else(
             if n == size: raise
         else: return all(map(_same, a, b))
 
-# %% ../nbs/07_cuts.ipynb #a74f8ec8
+# %% ../nbs/07_cuts.ipynb #3038c8f5
 def choose_cuts(
     cuts:list, # Of `Cut`, in the order in which the layers answer
     depths:tuple=(1/4, 1/2), # Where along the model, in (0, 1)
-    holds:callable=lambda cut: True, # A last test that a cut has to pass
+    holds:Callable|None=None, # A last test that a cut has to pass
 )->list: # Of `Cut`, at most one for each depth
     "The block ends nearest to `depths`, as the paper has them for residual networks ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     inner = [c for c in cuts if c.depth < 1]
