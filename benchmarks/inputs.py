@@ -1,4 +1,5 @@
-"Time of mixing the inputs of a batch (`before_batch`): ours, fastai's, torchvision's and timm's, beside one pass over the memory of the batch"
+"""Time of mixing the inputs of a batch (`before_batch`): ours, fastai's, torchvision's and timm's, compared with one pass over the memory
+of the batch"""
 from statistics import mean
 
 import bench

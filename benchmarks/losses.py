@@ -1,4 +1,5 @@
-"Time of the mixed loss (from `after_pred` to the end of backward): ours, fastai's, and those of torchvision and timm, beside plain cross-entropy"
+"""Time of the mixed loss (from `after_pred` to the end of backward): ours, fastai's, and those of torchvision and timm, compared with
+plain cross-entropy"""
 import bench
 import peers
 import torch

@@ -11,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastai_mixup.all import LabelSmoothingCE, MixUpCallback
 
-
 @contextmanager
 def quietly():
     "Without what the profiler writes about itself"
@@ -26,7 +25,8 @@ def quietly():
 
 def peak(learn):
     "Bytes that are allocated in a fit, less those freed, at most"
-    with quietly(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof, learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    with quietly(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof, learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
     now = most = 0
     for event in prof.profiler.kineto_results.events():
         if event.name() == '[memory]':
@@ -37,7 +37,8 @@ def peak(learn):
 
 def inputs():
     batch = torch.randn(64, 3, 128, 128),TensorCategory(torch.randint(10, (64,)))
-    contestants = {'no mixing': None, 'fastai_mixup': MixUpCallback(.4), 'fastai': peers.FastaiMixUp(.4), 'torchvision': peers.Torchvision(10),
+    contestants = {'no mixing': None, 'fastai_mixup': MixUpCallback(.4), 'fastai': peers.FastaiMixUp(.4),
+        'torchvision': peers.Torchvision(10),
                    'timm, batch': peers.Timm(10), 'timm, elem': peers.Timm(10, 'elem')}
     learners = {name: bench.learner(batch, bench.GivenPredictions(torch.randn(64, 10)), cb,
                                     torch.nn.CrossEntropyLoss() if isinstance(cb, (peers.Torchvision, peers.Timm)) else None, batches=4)
@@ -48,7 +49,8 @@ def inputs():
 def losses():
     logits,classes = torch.randn(256, 10000),10000
     contestants = {'plain': (None, None), 'fastai_mixup': (MixUpCallback(.4), None), 'fastai': (peers.FastaiMixUp(.4), None),
-                   'torchvision': (peers.Torchvision(classes), torch.nn.CrossEntropyLoss()), 'timm': (peers.Timm(classes), SoftTargetCrossEntropy()),
+                   'torchvision': (peers.Torchvision(classes), torch.nn.CrossEntropyLoss()),
+                   'timm': (peers.Timm(classes), SoftTargetCrossEntropy()),
                    'fastai_mixup, LabelSmoothingCE': (MixUpCallback(.4), LabelSmoothingCE(.1)),
                    'torch, label_smoothing': (None, torch.nn.CrossEntropyLoss(label_smoothing=.1)),
                    'timm, LabelSmoothingCrossEntropy': (None, LabelSmoothingCrossEntropy(.1))}

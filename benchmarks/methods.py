@@ -1,4 +1,4 @@
-"Cost of each method: `before_batch` beside MixUp's, and a whole training step beside one without mixing"
+"Cost of each method: `before_batch` compared with MixUp's, and a whole training step compared with one without mixing"
 from statistics import mean
 
 import bench
@@ -6,16 +6,20 @@ import torch
 from fastai.vision.all import TensorCategory, TensorImage, xresnet18
 from torchvision.models import VisionTransformer
 
+from fastai_mixup import registry
 from fastai_mixup.all import *
 
 SIZES = ['64x3x128x128']
-METHODS = {'MixUp': MixUpCallback, 'CutMix': CutMixCallback, 'SmoothMix': SmoothMix, 'GridMix': GridMix, 'ResizeMix': ResizeMix, 'SaliencyMix': SaliencyMix,
-           'FMix': FMix, 'RandomMix([MixUp, CutMix])': lambda: RandomMix([MixUpCallback(), CutMixCallback()]),
+METHODS = {**{cls.__name__: cls for cls in registry.METHODS if not cls().recipe.needs_model},
+           'RandomMix([MixUp, CutMix])': lambda: RandomMix([MixUpCallback(), CutMixCallback()]),
            "RandomMix(per='item')": lambda: RandomMix([MixUpCallback(), CutMixCallback()], per='item'),
-           'MixUp(DifferentClass)': lambda: MixUpCallback(pairing=DifferentClass()), 'MixUp(SameClass)': lambda: MixUpCallback(pairing=SameClass()),
+           'MixUp(DifferentClass)': lambda: MixUpCallback(pairing=DifferentClass()),
+           'MixUp(SameClass)': lambda: MixUpCallback(pairing=SameClass()),
            'MixUp(PreviousBatch)': lambda: MixUpCallback(pairing=PreviousBatch()), 'MixUp(ReMix)': lambda: MixUpCallback(labels=ReMix())}
+ASKS = {cls.__name__: cls for cls in registry.METHODS if cls().recipe.needs_model and not cls().recipe.watches}
 WHOLE = {'ManifoldMixUp': ManifoldMixUp, 'ManifoldMixUp(CutMix)': lambda: ManifoldMixUp(method=CutMixCallback()), 'AlignMixUp': AlignMixUp,
-         'RegMixUp': RegMixUp, 'SnapMix': SnapMix, 'PuzzleMix': PuzzleMix}
+         'RegMixUp': RegMixUp, **ASKS}
+TRANSFORMERS = {cls.__name__: cls for cls in registry.METHODS if cls().recipe.watches}
 
 
 def batch(shape): return TensorImage(torch.randn(shape)), TensorCategory(torch.randint(10, shape[:1]))
@@ -32,7 +36,7 @@ def step_of(size, rounds):
     plain = {'no mixing': lambda: None, 'MixUp': MixUpCallback}
     shape = [int(s) for s in size.split('x')]
     nets = {f'xresnet18, {size}': (lambda: xresnet18(n_out=10), plain | WHOLE),
-            f'transformer, {size}': (lambda: VisionTransformer(shape[-1], 8, 6, 4, 128, 256, num_classes=10), plain | {'TransMix': TransMix})}
+            f'transformer, {size}': (lambda: VisionTransformer(shape[-1], 8, 6, 4, 128, 256, num_classes=10), plain | TRANSFORMERS)}
     for name,(net,makes) in nets.items():
         learners = {}
         for method,make in makes.items():
@@ -44,4 +48,5 @@ def step_of(size, rounds):
 if __name__ == '__main__':
     args = bench.arguments(__doc__, rounds=5, sizes=(SIZES, 'batches, items x channels x height x width'),
                            steps=(['16x3x64x64'], 'batches of the training steps'))
-    bench.run('methods', args, lambda: [r for s in args.sizes for r in inputs_of(s, args.rounds)] + [r for s in args.steps for r in step_of(s, args.rounds)])
+    bench.run('methods', args, lambda: [r for s in args.sizes for r in inputs_of(s, args.rounds)]
+        + [r for s in args.steps for r in step_of(s, args.rounds)])

@@ -1,10 +1,9 @@
 "The mixing of other libraries, each as its own documentation applies it, behind a fastai callback"
 import torch
 from fastai.basics import Callback, Tensor
-from fastai.callback.mixup import MixUp as FastaiMixUp
+from fastai.callback.mixup import MixUp as FastaiMixUp  # noqa: F401, for the others
 from timm.data import Mixup as TimmMixup
 from torchvision.transforms.v2 import MixUp as TorchvisionMixUp
-
 
 class OneMemoryPass(Callback):
     "Copies the batch into memory that is kept: what reading and writing it once takes at least"

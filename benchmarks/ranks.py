@@ -45,12 +45,14 @@ def be(rank, ranks, folder, threads, rounds, sizes):
 def rows_of(ranks, rounds, sizes):
     "Start `ranks` processes; what the first of them measures"
     with tempfile.TemporaryDirectory() as folder:
-        processes = [get_context('fork').Process(target=be, args=(r, ranks, folder, torch.get_num_threads(), rounds, sizes)) for r in range(ranks)]
+        processes = [get_context('fork').Process(target=be, args=(r, ranks, folder, torch.get_num_threads(), rounds, sizes))
+            for r in range(ranks)]
         for p in processes: p.start()
         for p in processes: p.join()
         return json.loads(Path(f'{folder}/rows').read_text())
 
 
 if __name__ == '__main__':
-    args = bench.arguments(__doc__, sizes=(SIZES, 'batches of a rank, items x channels x height x width'), ranks=([1, 2, 4], 'numbers of processes'))
+    args = bench.arguments(__doc__, sizes=(SIZES, 'batches of a rank, items x channels x height x width'),
+        ranks=([1, 2, 4], 'numbers of processes'))
     bench.run('ranks', args, lambda: [r for n in args.ranks for r in rows_of(int(n), args.rounds, args.sizes)])

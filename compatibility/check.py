@@ -1,11 +1,14 @@
-"""Does mixing work with this model? Trains each of a zoo of models by `MixUp()` and by `ManifoldMixUp()`, with their default arguments, and checks from outside:
+"""Does mixing work with this model? Trains each of a zoo of models by `MixUp()` and by `ManifoldMixUp()`, with their default arguments,
+and checks from outside:
 
-- the inputs that reached the model, or for integers what its embeddings returned, are `M` times those of the batch, where each row of `M` holds a share of
-  the item itself and the rest of one other; or the activations that came out of one hidden layer are `M` times what that layer made, and the inputs are unmixed;
+- the inputs that reached the model, or for integers what its embeddings returned, are `M` times those of the batch, where each row of `M`
+  holds a share of the item itself and the rest of one other; or the activations that came out of one hidden layer are `M` times what that
+  layer made, and the inputs are unmixed;
 - the loss is the sum of `M[i,j] * loss(pred[i], y[j])`, in double precision;
 - the output of each such layer decides the prediction, whatever the inputs are.
 
-A row of the table says *checked*, or the error by which the callback refuses, or what is WRONG. Models of libraries that are not installed are left out.
+A row of the table says *checked*, or the error by which the callback refuses, or what is WRONG. Models of libraries that are not installed
+are left out.
 """
 import csv
 import re
@@ -25,11 +28,13 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tests'))
-import fastai_mixup
-from apps import Before, Spy, close, floats, matrix, mixed_ce, mixed_targets, mixed_tokens, places, was_mixed
-from fastai_mixup.all import ManifoldMixUp, MixUp
-from models import ZOO
+from apps import Before, Spy, close, floats, layer_of, matrix, mixed_ce, mixed_targets, mixed_tokens, places, was_mixed
 from paths import check_path
+
+import fastai_mixup
+from fastai_mixup.all import ManifoldMixUp, MixUp
+from fastai_mixup.layers.inputs import unwrapped
+from models import ZOO
 
 HERE = Path(__file__).resolve().parent
 CALLBACKS = dict(MixUp=MixUp, ManifoldMixUp=ManifoldMixUp)
@@ -37,18 +42,21 @@ BY_HAND = dict(classes=mixed_ce(), pixels=mixed_ce(), tokens=mixed_tokens, numbe
 COLUMNS = 'library','version','model','MixUp','ManifoldMixUp','hidden layers'
 
 
-def module(place): return getattr(place, 'module', place)
+def layers(mixer):
+    "Where it mixes: 'input', and modules"
+    found = mixer.found().layers if isinstance(mixer, ManifoldMixUp) else []
+    return [getattr(o, 'module', o.name) for o in found] or ['input']
 
 
 class Enough(Callback):
-    "Ends the training as soon as each place was mixed, and three batches were seen"
+    "Ends the training as soon as each layer was mixed, and three batches were seen"
     order = 70
     def before_fit(self): self.seen,self.n = set(),0
     def after_loss(self):
         mixer = next(cb for cb in self.learn.cbs if hasattr(cb, 'plan'))
         self.n += 1
-        if mixer.plan is not None: self.seen.add(module(getattr(mixer, 'place', 'input')))
-        self.wanted = set(map(module, getattr(mixer, 'places', None) or ['input']))
+        if mixer.plan is not None: self.seen.add(layer_of(mixer))
+        self.wanted = set(layers(mixer))
     def after_batch(self):
         if self.n > 2 and self.seen == self.wanted: raise CancelFitException
 
@@ -69,13 +77,13 @@ def taps(model, keeps):
 
 
 def check_batch(entry, b):
-    "Was at most one place mixed, and does the loss follow? Returns that place"
+    "Was at most one layer mixed, and does the loss follow? Returns that layer"
     moved = [o for o in places(b).values() if was_mixed(o)]
-    assert len(moved) < 2, f'{len(moved)} places were mixed'
-    place,M = matrix(b) if moved else (None, torch.eye(b.n, dtype=torch.float64))
+    assert len(moved) < 2, f'{len(moved)} layers were mixed'
+    layer,M = matrix(b) if moved else (None, torch.eye(b.n, dtype=torch.float64))
     want = sum(w*by_hand(entry)(o.double(), b.yb[0], M) for w,o in parts(entry, b.pred))
     close(b.loss, want)
-    return place
+    return layer
 
 
 def check(entry, mixer):
@@ -85,19 +93,19 @@ def check(entry, mixer):
     data = list(islice(iter(learn.dls.train), 2))
     learn.fit(1)
     found = {check_batch(entry, b) for b in spy.batches if b.training}
-    places = getattr(mixer, 'places', None) or ['input']
-    cuts = [c for c in places if c != 'input']
-    assert found - {None} == set(map(module, places)), 'not all places were mixed'
+    wanted = layers(mixer)
+    assert found - {None} == set(wanted), 'not all layers were mixed'
     xb,other = (b[:learn.dls.n_inp] for b in data)
     learn.model.train()
-    for c in cuts: check_path(learn.model, xb, other, c.module, lambda pred: said(entry, pred))
-    return [c.name for c in cuts]
+    hidden = [o for o in wanted if o != 'input']
+    for layer in hidden: check_path(learn.model, xb, other, layer, lambda pred: said(entry, pred))
+    return [name for name,m in unwrapped(learn.model).named_modules() if any(m is o for o in hidden)]
 
 
 def raised_by_us(e):
     "Was it the library that raised `e`, on purpose?"
     last = traceback.extract_tb(e.__traceback__)[-1]
-    return Path(last.filename).parent == Path(fastai_mixup.__file__).parent and not isinstance(e, AssertionError)
+    return Path(last.filename).is_relative_to(Path(fastai_mixup.__file__).parent) and not isinstance(e, AssertionError)
 
 
 def brief(e):
@@ -131,9 +139,12 @@ def installed(library):
 def row(entry):
     "The line of the table for one model"
     error = trains(entry)
-    if error: return dict(zip(COLUMNS, (entry.library, installed(entry.library), entry.name, *[f'does not train without mixing either: {error}']*2, '')))
+    if error:
+        return dict(zip(COLUMNS, (entry.library, installed(entry.library), entry.name,
+            *[f'does not train without mixing either: {error}']*2, '')))
     said = {name: outcome(entry, make) for name,make in CALLBACKS.items()}
-    return dict(zip(COLUMNS, (entry.library, installed(entry.library), entry.name, *(o for o,_ in said.values()), ' '.join(said['ManifoldMixUp'][1]))))
+    return dict(zip(COLUMNS, (entry.library, installed(entry.library), entry.name, *(o for o,_ in said.values()),
+        ' '.join(said['ManifoldMixUp'][1]))))
 
 
 def load(path): return list(csv.DictReader(path.open(encoding='utf-8'))) if path.exists() else []
@@ -169,7 +180,8 @@ def main(
     chosen = libraries.split(',') if libraries else known
     unknown = set(chosen) - set(known)
     if unknown: raise SystemExit(f"--libraries must be some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    if not any(e.library in chosen and models in e.name for e in ZOO): raise SystemExit(f"--models must be a part of the name of a model of {', '.join(chosen)}, got {models!r}")
+    if not any(e.library in chosen and models in e.name for e in ZOO):
+        raise SystemExit(f"--models must be a part of the name of a model of {', '.join(chosen)}, got {models!r}")
     missing = [o for o in chosen if not installed(o)]
     if missing: print('Not installed, left out:', ', '.join(missing))
     rows = []

@@ -1,11 +1,12 @@
-"""The tests on each row of the workflow's matrix that this machine can run: every Python with the newest fastai and torch, one with the oldest that settings.ini claims.
+"""The tests on each row of the workflow's matrix that this machine can run: every Python with the newest fastai and torch, one with the
+oldest that settings.ini claims.
 
     python compatibility/versions.py --pythons ~/.pyenv/versions --quick
 
-Each row gets a virtual environment of its own, where the project is installed as the workflow installs it: with what its development needs, or with pins
-(`oldest.txt`) and what its tests need, since nbdev wants a newer fastcore than the oldest fastai takes. There the tests of the notebooks and those of
-`tests/` run, and what came out is appended to `results/versions.csv`. A Python that is not on the machine is named. Other versions than those of the matrix
-are tried with another file of pins: `--only 3.10-oldest --pins FILE`.
+Each row gets a virtual environment of its own, where the project is installed as the workflow installs it: with what its development
+needs, or with pins (`oldest.txt`) and what its tests need, since nbdev wants a newer fastcore than the oldest fastai takes. There the
+tests of the notebooks and those of `tests/` run, and what came out is appended to `results/versions.csv`. A Python that is not on the
+machine is named. Other versions than those of the matrix are tried with another file of pins: `--only 3.10-oldest --pins FILE`.
 """
 import csv
 import os
@@ -23,7 +24,8 @@ root = Path(__file__).resolve().parent.parent
 RESULTS = root/'compatibility/results/versions.csv'
 COLUMNS = 'python', 'torch', 'fastai', 'torchvision', 'tests', 'passed', 'failed', 'skipped', 'notebooks', 'seconds'
 PACKAGES = COLUMNS[1:4]
-QUICK = 'life', 'losses', 'inputs', 'draws', 'dials', 'company', 'memory', 'labels', 'saving', 'records' # lean most on the insides of torch, fastai and Python
+# lean most on the insides of torch, fastai and Python
+QUICK = 'life', 'losses', 'inputs', 'draws', 'schedules', 'other_callbacks', 'memory', 'labels', 'saving', 'metrics'
 
 
 def matrix():
@@ -68,7 +70,8 @@ def tests(venv, quick):
     found = {what: int(n) for n,what in re.findall(r'(\d+) (passed|failed|skipped|error)', said[-1])}
     count = lambda *names: sum(found.get(name, 0) for name in names)
     if not found: return dict(passed=0, failed=1, skipped=0),said[-20:]
-    return dict(passed=count('passed'), failed=count('failed', 'error'), skipped=count('skipped')),[s for s in said if s.startswith(('FAILED', 'ERROR'))]
+    return dict(passed=count('passed'), failed=count('failed', 'error'),
+        skipped=count('skipped')),[s for s in said if s.startswith(('FAILED', 'ERROR'))]
 
 
 def installed(venv):
@@ -81,7 +84,8 @@ def scored(venv, quick):
     "Run the tests in `venv`; the row of the table, and what was said of failures"
     start = perf_counter()
     (nbs,complaints),(counts,failures) = notebooks(venv),tests(venv, quick)
-    return installed(venv) | counts | dict(tests='quick' if quick else 'all', notebooks=nbs, seconds=round(perf_counter()-start)),complaints+failures
+    return installed(venv) | counts | dict(tests='quick' if quick else 'all', notebooks=nbs,
+        seconds=round(perf_counter()-start)),complaints+failures
 
 
 def append(path, row):

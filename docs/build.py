@@ -1,11 +1,11 @@
 """The documentation as a website, from the executed notebooks: `python docs/build.py`, then open `_site/index.html`.
 
-nbdev filters the notebooks and adds signatures and tables of parameters; Sphinx makes the pages and the search, which need no network. The build fails on
-a link that leads nowhere, and on a notebook that holds an error. `python docs/look.py` opens all pages in a browser.
+nbdev filters the notebooks and adds signatures and tables of parameters; Sphinx makes the pages and the search, which need no network.
+The build fails on a link that leads nowhere, and on a notebook that holds an error. `python docs/look.py` opens all pages in a browser.
 """
-import inspect
 import json
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -20,18 +20,26 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.serve import proc_nbs
 
-import fastai_mixup.all
+from fastai_mixup._modidx import d
+from fastai_mixup.registry import TWINS
 
 root = Path(__file__).resolve().parent.parent
 REPOSITORY = 'https://github.com/fastai-mixup/fastai_mixup/blob/main/'
-PARTS = {'Begin': ['index', '39_*', '40_*'], 'Tutorials': [*(f'{n}_*' for n in (31, 32, 33, 34, 35, 36, 38, 37, 30))], 'Methods': ['05_*', '06_*', '08_*', '09_*', '1?_*'], 'Tools': ['2?_*'], 'Evidence': ['9[1-9]_*'], 'Under the hood': ['00_*', '01_*', '02_*', '03_*', '04_*', '07_*', '90_*']}
-
+PARTS = {
+    'Begin': ['index', 'tutorials/help', 'explanations/questions'],
+    'Tutorials': [f'tutorials/{name}' for name in 'images segmentation tables text regression inputs migration own_method *'.split()],
+    'Explanations': ['explanations/*'],
+    'Methods': ['api/20_*', 'api/21_*', 'api/3[1-9]_*', 'api/4?_*'],
+    'Partners and labels': ['api/5?_*'],
+    'Tools': ['api/6?_*'],
+    'Inside': ['api/*'],
+}
 
 def contents(names):
     "The table of contents: pages by part, each page once"
     left,parts = sorted(names),[]
     for part,patterns in PARTS.items():
-        mine = [n for p in patterns for n in left if Path(n).match(p)]
+        mine = [*dict.fromkeys(n for p in patterns for n in left if Path(n).match(p))]
         left = [n for n in left if n not in mine]
         parts.append('\n'.join(['```{toctree}', f':caption: {part}', ':maxdepth: 1', '', *mine, '```']))
     if left: raise SystemExit(f"These notebooks are in no part of the table of contents: {', '.join(left)}")
@@ -39,62 +47,72 @@ def contents(names):
 
 
 def aliases():
-    "The short names, such as `MixUp`, and where the documentation of what they stand for is to be published"
+    "The second names, such as `MixUpCallback`, and where the documentation of what they stand for is to be published"
     lookup = NbdevLookup('fastai_mixup')
-    return {name: lookup.doc(o.__qualname__) for name,o in vars(fastai_mixup.all).items() if inspect.isclass(o) and o.__name__ == f'{name}Callback'}
-
+    return {name: lookup.doc(o.__qualname__) for name,o in TWINS.items()}
 
 ALIASES = aliases()
+EXPORTED = {link for names in d['syms'].values() for link,_ in names.values()} # also those that have no entry on their page
 
 
 def linked(text):
-    "Links for the short names, as nbdev makes them for the others; headings have none"
+    "Links for the second names, as nbdev makes them for the others; headings have none"
     def link(name): return f'[`{name}`]({ALIASES[name]})' if name in ALIASES else f'`{name}`'
-    return '\n'.join(line if line.startswith('#') else re.sub(r'(?<!\[)`(\w+)`(?!\])', lambda m: link(m[1]), line) for line in text.split('\n'))
+    return '\n'.join(line if line.startswith('#') else re.sub(r'(?<!\[)`(\w+)`(?!\])', lambda m: link(m[1]), line)
+        for line in text.split('\n'))
 
 
-def as_markdown(text):
-    "A cell without Quarto's attributes of links, and with links into the repository made whole"
-    text = re.sub(r'(\]\([^)]*\))\{[^}]*\}', r'\1', text)
-    return re.sub(r'\]\(\.\./(?!nbs/)([^)]+)\)', rf']({REPOSITORY}\1)', text)
+def as_markdown(text, folder='.'):
+    "A cell of a notebook in `nbs/folder`, without Quarto's attributes of links, and with links into the repository made whole"
+    def whole(m):
+        path = posixpath.normpath(f'nbs/{folder}/{m[1]}')
+        return m[0] if path.startswith('nbs/') else f']({REPOSITORY}{path})'
+    return re.sub(r'\]\((\.\./[^)]+)\)', whole, re.sub(r'(\]\([^)]*\))\{[^}]*\}', r'\1', text))
 
-
-def page(cell):
+def page(cell, folder='.'):
     "One cell for Sphinx; `None` for front matter"
     source = ''.join(cell['source'])
     if cell['cell_type'] == 'raw': return
-    if cell['cell_type'] == 'markdown': return dict(cell, source=as_markdown(linked(source)), metadata={})
+    if cell['cell_type'] == 'markdown': return dict(cell, source=as_markdown(linked(source), folder), metadata={})
     for output in cell['outputs']:
-        if output['output_type'] == 'error': raise SystemExit(f"A notebook holds an error: {output['ename']}: {output['evalue']}")
+        if output['output_type'] == 'error':
+            raise SystemExit(f"A notebook holds an error: {output['ename']}: {output['evalue']}")
         data = output.get('data', {})
-        if 'text/markdown' in data: data['text/markdown'] = re.sub(r'^---$', '', as_markdown(''.join(data['text/markdown'])), flags=re.M)
+        if 'text/markdown' in data:
+            data['text/markdown'] = re.sub(r'^---$', '', as_markdown(''.join(data['text/markdown']), folder), flags=re.M)
     tags = ['remove-input'] if re.search(r'^#\| *echo: *false', source, re.M) else []
-    return dict(cell_type='code', id=cell['id'], execution_count=None, outputs=cell['outputs'], metadata=dict(tags=tags), source=re.sub(r'^#\|.*\n?', '', source, flags=re.M))
+    return dict(cell_type='code', id=cell['id'], execution_count=None, outputs=cell['outputs'], metadata=dict(tags=tags),
+        source=re.sub(r'^#\|.*\n?', '', source, flags=re.M))
 
+def cells_of(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
 
-def first_cell(path):
-    "The heading, blurb and introduction, of which nbdev keeps the first two as front matter"
-    return json.loads((root/'nbs'/path.name).read_text(encoding='utf-8'))['cells'][0]
+def convert(name, processed, dest):
+    "The heading, blurb and introduction are the notebook's own, of which nbdev keeps the first two as front matter"
+    folder,notebook = name.parent.as_posix(),json.loads((processed/name).read_text(encoding='utf-8'))
+    cells = [cells_of(root/'nbs'/name)[0], *notebook['cells']]
+    notebook['cells'] = [o for cell in cells if (o := page(cell, folder)) is not None]
+    (dest/name).parent.mkdir(parents=True, exist_ok=True)
+    (dest/name).write_text(json.dumps(notebook), encoding='utf-8')
 
-
-def convert(src, dest):
-    notebook = json.loads(src.read_text(encoding='utf-8'))
-    notebook['cells'] = [page(first_cell(src)), *filter(None, map(page, notebook['cells']))]
-    dest.write_text(json.dumps(notebook), encoding='utf-8')
-
+def published(path):
+    "The name under which nbdev publishes a page, which has no number"
+    return (path.parent/re.sub(r'^\d+_', '', path.stem)).as_posix()
 
 def keep_inside(out):
-    "Links to where the documentation is to be published become links to the pages beside them; fails if one leads nowhere"
-    pages = {p.stem.split('_', 1)[-1]: p for p in out.glob('*.html')}
+    "Links to where the documentation is to be published become links to the other pages; fails if one leads nowhere"
+    pages = {published(p.relative_to(out)): p for p in out.rglob('*.html')}
     texts = {p: p.read_text(encoding='utf-8') for p in pages.values()}
+    url = re.escape(f'{get_config().doc_host}{get_config().doc_baseurl}/')
     lost = set()
-    def local(m):
-        page,anchor = pages.get(m[1]),re.sub('[^a-z0-9]+', '-', m[2]).strip('-')
-        if page is None or f'id="{anchor}"' not in texts[page]: lost.add(m[0])
-        return f'{page and page.name}#{anchor}'
-    for page,text in texts.items(): page.write_text(re.sub(rf'{get_config().doc_host}{get_config().doc_baseurl}/(\w+)\.html#([\w.]+)', local, text), encoding='utf-8')
+    for path,text in texts.items():
+        def local(m):
+            target,anchor = pages.get(m[1]),re.sub('[^a-z0-9]+', '-', m[2]).strip('-')
+            if target is None: return lost.add(m[0]) or m[0]
+            there = Path(os.path.relpath(target, path.parent)).as_posix()
+            if f'id="{anchor}"' in texts[target]: return f'{there}#{anchor}'
+            return there if f'{m[1]}.html#{m[2]}' in EXPORTED else lost.add(m[0]) or m[0]
+        path.write_text(re.sub(rf'{url}([\w/]+)\.html#([\w.]+)', local, text), encoding='utf-8')
     if lost: raise SystemExit(f"These links lead nowhere: {', '.join(sorted(lost))}")
-
 
 @call_parse
 def main(
@@ -106,10 +124,11 @@ def main(
     processed,out = Path(proc_nbs(n_workers=0)),Path(out).resolve()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        notebooks = sorted(processed.glob('*.ipynb'))
-        for path in notebooks: convert(path, folder/path.name)
+        names = sorted(p.relative_to(processed) for p in processed.rglob('*.ipynb'))
+        for name in names: convert(name, processed, folder)
         shutil.copytree(processed/'images', folder/'images')
-        (folder/'contents.md').write_text(contents([p.stem for p in notebooks]), encoding='utf-8')
-        made = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', '-c', str(root/'docs'), str(folder), str(out)])
+        (folder/'contents.md').write_text(contents([p.with_suffix('').as_posix() for p in names]), encoding='utf-8')
+        made = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', '-c', str(root/'docs'),
+            str(folder), str(out)])
     if made.returncode: sys.exit(made.returncode)
     keep_inside(out)

@@ -22,7 +22,8 @@ def default_text(default):
 
 def call(name, parameters):
     "As one would write it, with the defaults"
-    args = [STARS.get(p.get('kind'), '') + k + (f'={d}' if (d := default_text(p.get('default', Parameter.empty))) else '') for k,p in parameters.items()]
+    args = [STARS.get(p.get('kind'), '') + k + (f'={d}' if (d := default_text(p.get('default', Parameter.empty))) else '') for k,
+        p in parameters.items()]
     lines = textwrap.wrap(', '.join(a.replace(' ', '\0') for a in args), 92-len(name), break_long_words=False, break_on_hyphens=False)
     between = '\n' + ' '*(len(name)+1)
     return f'{name}({between.join(lines)})'.replace('\0', ' ')
@@ -36,7 +37,8 @@ def code(text): return text and f'`{text}`'
 
 def table(parameters, returned):
     "Of what is said of them, without columns that would be empty; nothing if that is nothing"
-    def line(name, p): return name,code(type_text(p.get('anno', Parameter.empty))),code(default_text(p.get('default', Parameter.empty))),p['docment']
+    def line(name, p):
+        return name,code(type_text(p.get('anno', Parameter.empty))),code(default_text(p.get('default', Parameter.empty))),p['docment']
     rows = [line(name, p) for name,p in [*((code(k), p) for k,p in parameters.items()), ('*returns*', returned)] if p.get('docment')]
     shown = [i for i,column in enumerate(zip(*rows)) if any(column)]
     def pick(cells): return row(*(cells[i] for i in shown))
@@ -50,4 +52,5 @@ class Entry(BasicMarkdownRenderer):
         said = dict(self.dm.dm)
         returned = said.pop('return', {})
         head = super()._repr_markdown_().split('```python')[0]
-        return '\n\n'.join(filter(None, [head.rstrip(), f'```python\n{call(self.nm.split(".")[-1], said)}\n```', self.docs, table(said, returned)]))
+        return '\n\n'.join(filter(None, [head.rstrip(), f'```python\n{call(self.nm.split(".")[-1], said)}\n```', self.docs,
+            table(said, returned)]))

@@ -30,11 +30,13 @@ async function open(url, width) {
 async function look() {
   for (const page of pages) for (const width of [1280, 390]) {
     const errors = await open(page, width), all = frame.contentDocument
-    told.push({page, width, errors, wide: all.documentElement.scrollWidth > width, missing: [...all.images].filter(o => !o.naturalWidth).map(o => o.src)})
+    told.push({page, width, errors, wide: all.documentElement.scrollWidth > width,
+      missing: [...all.images].filter(o => !o.naturalWidth).map(o => o.src)})
   }
   await open("search.html?q=QUERY", 1280)
   await wait(3000)
-  document.getElementById("told").textContent = JSON.stringify({told, found: [...frame.contentDocument.querySelectorAll("#search-results li a")].map(o => o.textContent)})
+  document.getElementById("told").textContent = JSON.stringify({told,
+    found: [...frame.contentDocument.querySelectorAll("#search-results li a")].map(o => o.textContent)})
 }
 look()
 </script>'''
@@ -52,8 +54,10 @@ def browsed(site, pages, query, browser):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with tempfile.TemporaryDirectory() as profile: done = subprocess.run(
-            [browser, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--enable-logging=stderr',
-             f'--user-data-dir={profile}', '--virtual-time-budget=600000', '--dump-dom', f'http://localhost:{server.server_port}/_look.html'], capture_output=True, text=True, timeout=500)
+            [browser, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+            '--disable-component-update', '--enable-logging=stderr',
+             f'--user-data-dir={profile}', '--virtual-time-budget=600000', '--dump-dom',
+             f'http://localhost:{server.server_port}/_look.html'], capture_output=True, text=True, timeout=500)
     finally:
         server.shutdown()
         look.unlink()
@@ -70,10 +74,12 @@ def main(
 ):
     "Look at all pages"
     if not shutil.which(browser): raise SystemExit(f"--browser must be the command of a Chromium, got {browser!r}")
-    pages = sorted(p.name for p in Path(site).glob('*.html'))
+    pages = [p.relative_to(site).as_posix() for p in sorted(Path(site).rglob('*.html'))]
+    pages = [p for p in pages if not p.startswith('_')]
     if 'index.html' not in pages: raise SystemExit(f"{site} must hold the website: python docs/build.py --out {site}")
     said,logged = browsed(site, pages, query, browser)
-    faults = [f"{o['page']} at {o['width']} px: {what}" for o in said['told'] for what in [*o['errors'], *['wider than the screen']*o['wide'], *(f'no picture {src}' for src in o['missing'])]]
+    faults = [f"{o['page']} at {o['width']} px: {what}" for o in said['told']
+        for what in [*o['errors'], *['wider than the screen']*o['wide'], *(f'no picture {src}' for src in o['missing'])]]
     if not said['found']: faults.append(f'search: {query} is not found')
     print(f"{len(pages)} pages at two widths; {query} is found on {len(said['found'])}: {', '.join(said['found'][:8])}")
     if faults or logged: raise SystemExit('\n'.join(faults + logged))

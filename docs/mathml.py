@@ -2,7 +2,6 @@
 from docutils import nodes
 from latex2mathml.converter import convert
 
-
 def formula(display):
     def visit(self, node):
         self.body.append(convert(node.astext(), display=display))

@@ -7,14 +7,14 @@ that the differences are paired. Nothing is tuned on the test set: the settings 
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use('Agg')
+import fastai.callback.all  # noqa: F401, gives Learner `fit_one_cycle`
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, set_seed
-from fastai.callback.all import ProgressCallback
-from fastai.callback.schedule import fit_one_cycle
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from sklearn.datasets import load_digits
@@ -22,7 +22,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastai_mixup.all import LabelSmoothingCE, ManifoldMixUp, MixUp
-
 
 def digits(seed, n_train, noise):
     "Train and test sets; each training label is redrawn at random with probability `noise`"
@@ -78,11 +77,11 @@ def mixed(alpha, x, y):
     return learn.x,[f'{l:.0%} “{a}”, {1-l:.0%} “{b}”' for l,a,b in zip(lam.tolist(), y, y[partner])]
 
 
-def picture(scores, alpha, train, title, path):
+def figure(scores, alpha, train, title, path):
     "Left, digits of `train` as the model sees them; right, every run as a dot, with lines that join the runs of a seed"
     fig = plt.figure(figsize=(10, 4), layout='constrained')
     left,right = fig.subfigures(1, 2, width_ratios=(1, 1.2))
-    left.suptitle('What the model sees, and what it is to answer', fontsize=12)
+    left.suptitle('What the model is given, with its labels', fontsize=12)
     shown = torch.stack([(train[1] == digit).nonzero()[0,0] for digit in (0, 1, 3, 4, 6, 7)])
     for x,label,ax in zip(*mixed(alpha, *(o[shown] for o in train)), left.subplots(2, 3).flat):
         ax.imshow(x.view(8, 8), cmap='gray_r')
@@ -105,23 +104,26 @@ def main(
     epochs:int=40, # Number of epochs of each run
     data:str='noisy', # 'noisy': 40% of the labels redrawn at random; 'clean': true labels
     n_train:int=500, # Number of digits to train on, from 50 to 1700
-    out:str='results/digits.png', # Where the picture goes
+    out:str='results/digits.png', # Where the figure goes
 ):
     "Compare MixUp, ManifoldMixUp and LabelSmoothingCE with plain training on handwritten digits"
     if data not in ('noisy', 'clean'): raise SystemExit(f"--data must be 'noisy' or 'clean', got {data!r}")
     if epochs < 1: raise SystemExit(f"--epochs must be at least 1, got {epochs}")
-    if Path(out).suffix not in ('.png', '.pdf', '.svg'): raise SystemExit(f"--out must be a file name that ends with .png, .pdf or .svg, got {out!r}")
+    if Path(out).suffix not in ('.png', '.pdf', '.svg'):
+        raise SystemExit(f"--out must be a file name that ends with .png, .pdf or .svg, got {out!r}")
     if seeds < 2: raise SystemExit(f"--seeds must be at least 2, got {seeds}")
     if not 50 <= n_train <= 1700: raise SystemExit(f"--n-train must be from 50 to 1700, got {n_train}")
     try: MixUp(alpha)
     except ValueError as e: raise SystemExit(f"--{e}")
+    torch.set_num_threads(1) # more only slow down so small a network
     noise = .4 if data == 'noisy' else 0.
     scores = {name: [] for name in methods(alpha)}
     jobs = [(seed, name) for seed in range(seeds) for name in scores]
     for seed,name in progress_bar(jobs):
         train,test = digits(seed, n_train, noise)
         scores[name].append(run(seed, *methods(alpha)[name], train, test, epochs))
-    print(f"\n{n_train} digits, {noise:.0%} of the labels redrawn at random, {epochs} epochs, {seeds} seeds; mean ± sd, gain paired by seed\n")
+    print(f"\n{n_train} digits, {noise:.0%} of the labels redrawn at random, {epochs} epochs, "
+        f"{seeds} seeds; mean ± sd, gain paired by seed\n")
     print(table(scores))
-    picture(scores, alpha, digits(0, 1700, 0.)[0], f'{n_train} digits, {noise:.0%} of the labels at random; a line is a seed', Path(out))
-    print(f"\nPicture: {out}")
+    figure(scores, alpha, digits(0, 1700, 0.)[0], f'{n_train} digits, {noise:.0%} of the labels at random; a line is a seed', Path(out))
+    print(f"\nFigure: {out}")

@@ -4,7 +4,8 @@ The data are downloaded once (`untar_data`), or taken from a local folder in the
 
 One process: `python examples/train_imagenette.py --mixup 0.2 --epochs 80`
 Several:     `accelerate launch --num_processes 2 examples/train_imagenette.py --mixup 0.2 --epochs 80` (`pip install accelerate`)
-On CPUs:     `python -m torch.distributed.run --nproc_per_node 2 examples/train_imagenette.py ...` (`accelerate launch --cpu` starts one process only)
+On CPUs:     `python -m torch.distributed.run --nproc_per_node 2 examples/train_imagenette.py ...`
+             (`accelerate launch --cpu` starts one process only)
 """
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,8 +28,8 @@ def check(ok, name, allowed, got):
     if not ok: raise SystemExit(f"--{name} must be {allowed}, got {got!r}")
 
 
-def check_each(is_ok, allowed, **dials):
-    for name,got in dials.items(): check(is_ok(got), name, allowed, got)
+def check_each(is_ok, allowed, **settings):
+    for name,got in settings.items(): check(is_ok(got), name, allowed, got)
 
 
 def one_of(choices, name, got):
@@ -55,7 +56,8 @@ def images(data, size, woof):
 
 
 def loaders(path, size, bs, workers):
-    block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=get_image_files, splitter=GrandparentSplitter(valid_name='val'), get_y=parent_label,
+    block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=get_image_files, splitter=GrandparentSplitter(valid_name='val'),
+        get_y=parent_label,
                       item_tfms=[RandomResizedCrop(size, min_scale=.35), FlipItem(.5)], batch_tfms=Normalize.from_stats(*imagenet_stats))
     return block.dataloaders(path, path=path, bs=bs, num_workers=workers, device=default_device())
 
@@ -71,9 +73,9 @@ def without_gpu():
 
 
 def mixing(mixup, cutmix, manifold):
-    "The callback that the dials ask for"
+    "The callback that the settings ask for"
     methods = [cls(alpha) for cls,alpha in ((MixUpCallback, mixup), (CutMixCallback, cutmix)) if alpha]
-    check(not (manifold and methods), 'manifold', '0 beside --mixup or --cutmix', manifold)
+    check(not (manifold and methods), 'manifold', '0 together with --mixup or --cutmix', manifold)
     if manifold: return [ManifoldMixUp(manifold)]
     return [RandomMix(methods)] if len(methods) > 1 else methods
 
@@ -106,7 +108,8 @@ def main(
     seed:int=None, # Of the first run; the next one has the next
 ):
     "Train and print the accuracy of each run on the validation set"
-    make,opt_func,act_cls,pooling = one_of(ARCHS, 'arch', arch),one_of(OPTIMIZERS, 'opt', opt),one_of(ACTIVATIONS, 'act', act),one_of(POOLS, 'pool', pool)
+    make,opt_func,act_cls,pooling = one_of(ARCHS, 'arch', arch),one_of(OPTIMIZERS, 'opt', opt),one_of(ACTIVATIONS, 'act', act),one_of(POOLS,
+        'pool', pool)
     check_each(lambda v: v >= 1, 'a whole number from 1 up', size=size, epochs=epochs, runs=runs)
     check(bs >= 2, 'bs', 'a whole number from 2 up, as batch norm needs', bs)
     check_each(lambda v: 0 <= v < float('inf'), 'a number from 0 up', mixup=mixup, cutmix=cutmix, manifold=manifold, wd=wd, workers=workers)
@@ -115,10 +118,10 @@ def main(
     check(0 <= smoothing <= 1, 'smoothing', 'a number in [0, 1]', smoothing)
     mixing(mixup, cutmix, manifold)
     path = images(data, size, woof)
-    dials = dict(mom=mom, eps=eps, **({} if opt == 'sgd' else dict(sqr_mom=sqrmom)))
-    if opt == 'sgd': dials.pop('eps')
+    settings = dict(mom=mom, eps=eps, **({} if opt == 'sgd' else dict(sqr_mom=sqrmom)))
+    if opt == 'sgd': settings.pop('eps')
     if num_distrib():
-        import fastai.distributed
+        import fastai.distributed  # noqa: F401, gives Learner `distrib_ctx`
         if not torch.cuda.is_available(): without_gpu()
     scores = []
     for run in range(runs):
@@ -126,10 +129,11 @@ def main(
         dls = loaders(path, size, bs, workers)
         model = make(n_out=dls.c, act_cls=act_cls, sa=sa, sym=sym, pool=pooling)
         check(len(dls.train), 'bs', f'at most the {len(dls.train_ds)} images of the training set', bs)
-        learn = Learner(dls, model, loss_func=LabelSmoothingCE(smoothing), opt_func=partial(opt_func, **dials),
+        learn = Learner(dls, model, loss_func=LabelSmoothingCE(smoothing), opt_func=partial(opt_func, **settings),
                         metrics=[accuracy, *[top_k_accuracy]*(dls.c > 5)], cbs=mixing(mixup, cutmix, manifold))
         if fp16: learn.to_fp16()
-        with learn.distrib_ctx(sync_bn=False, cpu=not torch.cuda.is_available()) if num_distrib() else nullcontext(): learn.fit_flat_cos(epochs, lr, wd=wd)
+        with learn.distrib_ctx(sync_bn=False, cpu=not torch.cuda.is_available()) if num_distrib() else nullcontext():
+            learn.fit_flat_cos(epochs, lr, wd=wd)
         scores.append(float(learn.recorder.values[-1][2]))
         if not rank_distrib(): print(f'Run {run}: {scores[-1]:.2%}')
     if runs > 1 and not rank_distrib(): print(f'{runs} runs: {mean(scores):.2%} ± {stdev(scores):.2%}')

@@ -4,7 +4,6 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from scipy.stats import t
@@ -21,7 +20,8 @@ def calibration_error(prob, y, bins=15):
 
 def class_scores(logits, y):
     "Accuracy in %, negative log-likelihood and calibration error"
-    return dict(accuracy=(logits.argmax(1) == y).float().mean().item()*100, nll=F.cross_entropy(logits, y).item(), ece=calibration_error(logits.softmax(1), y))
+    return dict(accuracy=(logits.argmax(1) == y).float().mean().item()*100, nll=F.cross_entropy(logits, y).item(),
+        ece=calibration_error(logits.softmax(1), y))
 
 
 def text(value): return f'{value:.6g}' if isinstance(value, float) else str(value)
@@ -66,7 +66,8 @@ def names(text, separator):
 def run_all(table, jobs, run):
     "Run each of `jobs`, (key, arguments of `run`), that is not in `table` yet; `run` returns the scores"
     left = [(key, args) for key,args in jobs if not table.done(**key)]
-    if len(left) < len(jobs): print(f"{len(jobs)-len(left)} of {len(jobs)} trainings are in {table.path} already; --results FOLDER begins a table of your own")
+    if len(left) < len(jobs):
+        print(f"{len(jobs)-len(left)} of {len(jobs)} trainings are in {table.path} already; --results FOLDER begins a table of your own")
     for key,args in progress_bar(left):
         if table.done(**key): continue # by another process
         start = perf_counter()

@@ -1,7 +1,8 @@
 """Fashion-MNIST with few training images: what mixing does to accuracy, likelihood and calibration, to noise in the labels, and over time.
 
-Every seed gives each method the same images, labels and initial weights. `--part select` chooses the dials of the recipes on 500 images held out of
-the 2,000; the other parts train on all and score the 10,000 test images, which nothing is chosen on. A stopped run goes on where it was.
+Every seed gives each method the same images, labels and initial weights. `--part select` chooses the parameters of the recipes on 500
+images that are left out of the 2,000; the other parts train on all and score the 10,000 test images, which nothing is chosen on. A stopped
+run goes on where it was.
 """
 import gzip
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from common import RESULTS, Table, check_positive, class_scores, names, report, run_all, text
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
-from fastai.callback.mixup import CutMix as FastaiCutMix, MixUp as FastaiMixUp
+from fastai.callback.mixup import CutMix as FastaiCutMix
+from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.schedule import SchedLin
 from fastai.layers import ConvLayer, ResBlock
 from fastcore.script import call_parse
@@ -18,7 +20,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import BasicBlock
 
 from fastai_mixup.all import *
-
 
 def idx(path, skip):
     "The numbers of an idx file, without its header"
@@ -28,8 +29,11 @@ def idx(path, skip):
 def fashion(folder):
     "Images with mean 0 and deviation 1, and labels, of the training and the test set"
     found = {p.name: p for p in Path(folder).rglob('*ubyte.gz')}
-    if len(found) < 4: raise SystemExit(f"--data must be a folder with the four files of Fashion-MNIST, got {folder!r}; --help says how to get them")
-    def part(name): return (idx(found[f'{name}-images-idx3-ubyte.gz'], 16).view(-1, 1, 28, 28)/255 - .286)/.353, idx(found[f'{name}-labels-idx1-ubyte.gz'], 8).long()
+    if len(found) < 4:
+        raise SystemExit(f"--data must be a folder with the four files of Fashion-MNIST, got {folder!r}; --help says how to get them")
+    def part(name):
+        return (idx(found[f'{name}-images-idx3-ubyte.gz'], 16).view(-1, 1, 28,
+            28)/255 - .286)/.353, idx(found[f'{name}-labels-idx1-ubyte.gz'], 8).long()
     return part('train'),part('t10k')
 
 
@@ -94,7 +98,8 @@ def torchvision(name):
 CE = CrossEntropyLossFlat
 both = lambda: [MixUpCallback(1.), CutMixCallback(1.)]
 METHODS = {
-    'none': (list, CE), 'LabelSmoothingCE(.1)': (list, LabelSmoothingCE), 'MixUp(1) + smoothing': (lambda: [MixUpCallback(1.)], LabelSmoothingCE),
+    'none': (list, CE), 'LabelSmoothingCE(.1)': (list, LabelSmoothingCE),
+    'MixUp(1) + smoothing': (lambda: [MixUpCallback(1.)], LabelSmoothingCE),
     **{f'MixUp({a})': (lambda a=float(a): [MixUpCallback(a)], CE) for a in ('.1', '.2', '.4', '.8', '1', '1.6', '3.2')},
     'CutMix(1)': (lambda: [CutMixCallback(1.)], CE), 'ManifoldMixUp(1)': (lambda: [ManifoldMixUp(1.)], CE),
     'output mixup(1)': (lambda: [ManifoldMixUp(1., layers='output')], CE), 'RegMixUp': (lambda: [RegMixUp()], CE),
@@ -103,10 +108,13 @@ METHODS = {
     'CutMix .5': (lambda: [CutMixCallback(1., p=.5)], CE), 'CutMix to .75': (lambda: [CutMixCallback(1., stop=.75)], CE),
     'CutMix fading': (lambda: [CutMixCallback(1., p=SchedLin(1., 0.))], CE),
     'SaliencyMix .5': (lambda: [SaliencyMix(1., p=.5)], CE), 'FMix .5': (lambda: [FMix(1., p=.5)], CE),
-    'ManifoldMixUp(CutMix)': (lambda: [ManifoldMixUp(method=CutMixCallback(1.))], CE), 'RegMixUp(CutMix)': (lambda: [RegMixUp(method=CutMixCallback(1.))], CE),
+    'ManifoldMixUp(CutMix)': (lambda: [ManifoldMixUp(method=CutMixCallback(1.))], CE),
+    'RegMixUp(CutMix)': (lambda: [RegMixUp(method=CutMixCallback(1.))], CE),
     'fastai MixUp': (lambda: [FastaiMixUp(1.)], CE), 'fastai CutMix': (lambda: [FastaiCutMix(1.)], CE),
-    'timm mixup': (lambda: timm(mixup_alpha=1.), nn.CrossEntropyLoss), 'timm cutmix': (lambda: timm(mixup_alpha=0., cutmix_alpha=1.), nn.CrossEntropyLoss),
-    'torchvision MixUp': (lambda: torchvision('MixUp'), nn.CrossEntropyLoss), 'torchvision CutMix': (lambda: torchvision('CutMix'), nn.CrossEntropyLoss)}
+    'timm mixup': (lambda: timm(mixup_alpha=1.), nn.CrossEntropyLoss),
+    'timm cutmix': (lambda: timm(mixup_alpha=0., cutmix_alpha=1.), nn.CrossEntropyLoss),
+    'torchvision MixUp': (lambda: torchvision('MixUp'), nn.CrossEntropyLoss),
+    'torchvision CutMix': (lambda: torchvision('CutMix'), nn.CrossEntropyLoss)}
 
 
 def train_and_score(method, train, test, seed, epochs, lr=5e-3, augment=False, net='resblocks'):
@@ -122,14 +130,17 @@ def train_and_score(method, train, test, seed, epochs, lr=5e-3, augment=False, n
 
 
 DOSES = ['none', *[m for m in METHODS if m.startswith('MixUp(') and 'smoothing' not in m]]
-RECIPES = ['none', 'MixUp(1)', 'CutMix(1)', *[m for m in METHODS if m.startswith(('RandomMix', 'CutMix ', 'SaliencyMix', 'FMix'))], 'ManifoldMixUp(CutMix)', 'RegMixUp(CutMix)']
+RECIPES = ['none', 'MixUp(1)', 'CutMix(1)', *[m for m in METHODS if m.startswith(('RandomMix', 'CutMix ', 'SaliencyMix', 'FMix'))],
+    'ManifoldMixUp(CutMix)', 'RegMixUp(CutMix)']
 WINNER = 'RandomMix by item'
-NAMED = ['none', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)', 'output mixup(1)', 'RegMixUp', 'LabelSmoothingCE(.1)', 'MixUp(1) + smoothing', WINNER]
+NAMED = ['none', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)', 'output mixup(1)', 'RegMixUp', 'LabelSmoothingCE(.1)', 'MixUp(1) + smoothing',
+    WINNER]
 MAIN = [*NAMED, 'MixUp(.4)', 'RandomMix', 'RandomMix to .75']
 PARTS = {
     'select': [dict(methods=RECIPES, held_out=500)],
     'main': [dict(methods=MAIN)],
-    'peers': [dict(methods=['none', 'MixUp(1)', *[m for m in METHODS if m.endswith((' MixUp', ' mixup'))], 'CutMix(1)', *[m for m in METHODS if m.endswith((' CutMix', ' cutmix'))]])],
+    'peers': [dict(methods=['none', 'MixUp(1)', *[m for m in METHODS if m.endswith((' MixUp', ' mixup'))], 'CutMix(1)',
+    *[m for m in METHODS if m.endswith((' CutMix', ' cutmix'))]])],
     'few': [dict(methods=[*NAMED, 'RandomMix to .75'], n=500, epochs=60)],
     'noisy': [dict(methods=NAMED, noise=.4)],
     'augmented': [dict(methods=NAMED, augment=True)],

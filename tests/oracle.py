@@ -6,10 +6,8 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from fastai.basics import Callback, DataLoaders, L, Learner, Recorder, SGD, Tensor, nn, noop
+from fastai.basics import SGD, Callback, DataLoaders, L, Learner, Recorder, Tensor, nn, noop
 from fastai.callback.progress import ProgressCallback
-
-torch.set_num_threads(1)
 
 N,BS,C = 11,4,5
 
@@ -45,7 +43,8 @@ class Witness(Callback):
     def after_loss(self):
         learn,net = self.learn,self.model
         again = learn.mix_up.loss(learn.pred) if hasattr(learn, 'mix_up') else learn.loss
-        self.pages.append(SimpleNamespace(ids=own_ids(self.iter, self.bs), M=net.M.detach().clone(), args=net.args, pred=learn.pred, loss=learn.loss,
+        self.pages.append(SimpleNamespace(ids=own_ids(self.iter, self.bs), M=net.M.detach().clone(), args=net.args, pred=learn.pred,
+            loss=learn.loss,
                                           loss_grad=learn.loss_grad, again=again, yb=learn.yb, head=deepcopy(net.head)))
 
     def after_backward(self):

@@ -1,11 +1,11 @@
 "The path law by value: what a layer returned decides the prediction, whatever the inputs are."
 import torch
+from apps import close, floats, plain
 from fastai.basics import Tensor, set_seed
 from torch.nn.modules.module import register_module_forward_hook
 
-from apps import close, floats, plain
-from fastai_mixup.core import map_leaves
-from fastai_mixup.cuts import untouched
+from fastai_mixup.ops import map_leaves
+from fastai_mixup.probe import untouched
 
 def reset(model): getattr(model, 'reset', lambda: None)()
 

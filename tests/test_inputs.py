@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.all import TensorBBox, TensorPoint
+from oracle import BS, Callback, N, Net, batches, check, close, fit, learner, mixed_losses
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastai_mixup.all import *
-from oracle import BS, N, Callback, Net, batches, check, close, fit, learner, mixed_losses
 
 EYE,IDS,Y = torch.eye(N),torch.arange(N),torch.arange(N) % 5
 REFUSED = TypeError,ValueError,RuntimeError
@@ -119,7 +119,8 @@ def test_embedding_bag(mode, per):
     check_all(run((T,), encode, MixUp(1., fold=False, per=per)))
 
 TEXT = torch.cat([COLUMN, tokens(3) % 3 + N], 1)
-OPTIONS = dict(plain={}, padding=dict(padding_idx=N), max_norm=dict(max_norm=.5, norm_type=1.), sparse=dict(sparse=True), by_freq=dict(scale_grad_by_freq=True))
+OPTIONS = dict(plain={}, padding=dict(padding_idx=N), max_norm=dict(max_norm=.5, norm_type=1.), sparse=dict(sparse=True),
+    by_freq=dict(scale_grad_by_freq=True))
 LOOKUPS = dict(module=lambda t,x: t(x), transposed=lambda t,x: t(x.T).transpose(0, 1), flat=lambda t,x: t(x.flatten()).view(*x.shape, N),
                checkpoint=lambda t,x: checkpoint(t, x, use_reentrant=False),
                reentrant=lambda t,x: checkpoint(lambda i,_: t(i), x, torch.ones(1, requires_grad=True), use_reentrant=True))
@@ -154,7 +155,8 @@ def test_tied_weights():
 class Bert(nn.Module):
     def __init__(self, length):
         super().__init__()
-        self.words,self.positions,self.types = nn.Embedding.from_pretrained(EYE.clone(), freeze=False),nn.Embedding(length, N),nn.Embedding(2, N)
+        self.words,self.positions,self.types = nn.Embedding.from_pretrained(EYE.clone(), freeze=False),nn.Embedding(length,
+            N),nn.Embedding(2, N)
         self.register_buffer('position_ids', torch.arange(length)[None])
 
     def forward(self, b):
@@ -202,7 +204,8 @@ def test_selected_key():
 
 def test_unselected_may_be_anything(): check_all(run((EYE, list('abcdefghijk')), mix=MixUp(1., inputs=0)))
 
-@pytest.mark.parametrize('inputs,error,match', [('c', ValueError, "'c'.*'ids', 'image'"), (2, ValueError, '2'), ([], TypeError, 'inputs'), (1.5, TypeError, '1.5'),
+@pytest.mark.parametrize('inputs,error,match', [('c', ValueError, "'c'.*'ids', 'image'"), (2, ValueError, '2'), ([], TypeError, 'inputs'),
+    (1.5, TypeError, '1.5'),
                                                 (True, TypeError, 'True')], ids=str)
 def test_refused_selection(inputs, error, match):
     with pytest.raises(error, match=match): run((EYE, EYE), mix=MixUp(1., inputs=inputs), cls=Two)
@@ -210,8 +213,10 @@ def test_refused_selection(inputs, error, match):
 RAGGED = [torch.ones(i+1) for i in range(BS)]
 BAD_INPUTS = dict(
     unused=(T[:BS], lambda x,i: x), only_its_shape=(T[:BS], lambda x,i: x + 0*F.embedding(torch.arange(BS).expand_as(i), EYE).sum()),
-    to_float=(T[:BS], lambda x,i: x + 0*i.float().sum()), divided=(T[:BS], lambda x,i: x + 0*(i/255).sum()), scaled=(T[:BS], lambda x,i: x + 0*(i*.5).sum()),
-    strings=(list('abcd'), None), ragged=(RAGGED, None), boxes=(TensorBBox(torch.rand(BS, 4)), None), points=(TensorPoint(torch.rand(BS, 2)), None),
+    to_float=(T[:BS], lambda x,i: x + 0*i.float().sum()), divided=(T[:BS], lambda x,i: x + 0*(i/255).sum()),
+    scaled=(T[:BS], lambda x,i: x + 0*(i*.5).sum()),
+    strings=(list('abcd'), None), ragged=(RAGGED, None), boxes=(TensorBBox(torch.rand(BS, 4)), None),
+    points=(TensorPoint(torch.rand(BS, 2)), None),
     other_rows=(torch.rand(2, BS), None), sparse=(torch.eye(BS).to_sparse(), None))
 
 def train_on(x, y, encode=lambda x,_: x):
@@ -222,7 +227,8 @@ def test_refused_input(name):
     x,encode = BAD_INPUTS[name]
     with pytest.raises(REFUSED, match="Input 'ids'.*`inputs=`"): train_on(x, Y[:BS], encode)
 
-@pytest.mark.parametrize('y', [TensorBBox(torch.rand(BS, 4)), TensorPoint(torch.rand(BS, 2)), list('abcd'), RAGGED, torch.rand(3, 2), torch.tensor(1)],
+@pytest.mark.parametrize('y', [TensorBBox(torch.rand(BS, 4)), TensorPoint(torch.rand(BS, 2)), list('abcd'), RAGGED, torch.rand(3, 2),
+    torch.tensor(1)],
                          ids=['boxes', 'points', 'strings', 'ragged', 'rows', 'scalar'])
 def test_refused_target(y):
     with pytest.raises(REFUSED, match="Target 0|Input 'image'.*for each of the 3 items"): train_on(EYE[:BS], y)

@@ -1,4 +1,4 @@
-"What the loss is told: ReMix, SnapMix and TransMix against what is computed by hand, on models as they are."
+"How the loss weights labels: ReMix, SnapMix and TransMix against what is computed by hand, on models as they are."
 import gc
 from functools import partial
 
@@ -6,16 +6,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.models as tv
-from fastai.basics import Callback, CancelBatchException, CrossEntropyLossFlat, DataLoaders, FocalLossFlat, L, LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat, SGD, Tensor, nn, set_seed
+from fastai.basics import (
+    SGD,
+    Callback,
+    CancelBatchException,
+    CrossEntropyLossFlat,
+    DataLoaders,
+    FocalLossFlat,
+    L,
+    LabelSmoothingCrossEntropyFlat,
+    Learner,
+    MSELossFlat,
+    Tensor,
+    nn,
+    set_seed,
+)
 from torch.nn.modules import module as modules
 
 from fastai_mixup.all import *
+from fastai_mixup.batch import Plan
 from fastai_mixup.callback import MixCallback
-from fastai_mixup.core import Plan
-from fastai_mixup.labels import activation_maps, patch_grid, remix_lam, share_in_box
-from fastai_mixup.targets import mixed_loss
+from fastai_mixup.labels import remix_lam
+from fastai_mixup.losses.mixed import mixed_loss
+from fastai_mixup.losses.spec import loss_spec
+from fastai_mixup.methods.snapmix import activation_maps, share_in_box
+from fastai_mixup.methods.transmix import patch_grid
 
-torch.set_num_threads(1)
 N,C = 6,5
 Y = torch.tensor([0, 1, 2, 3, 1, 4])
 W = torch.tensor([1., 3., .5, 2., .2])
@@ -26,7 +42,8 @@ class Notes(Callback):
     def before_fit(self): self.pages = []
     def after_loss(self):
         plan = next((cb.plan for cb in self.learn.cbs if isinstance(cb, MixCallback)), None)
-        self.pages.append(dict(plan=plan, lam=plan and plan.lam, weights=plan and plan.label_weights, pred=self.learn.pred.detach(), loss=self.learn.loss.detach(), y=self.learn.yb[0], xb=self.learn.xb))
+        self.pages.append(dict(plan=plan, lam=plan and plan.lam, weights=plan and plan.label_weights, pred=self.learn.pred.detach(),
+            loss=self.learn.loss.detach(), y=self.learn.yb[0], xb=self.learn.xb))
 
 def close(a, b, tol=1e-4): torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=tol)
 def fitted(cb, model, batches, loss_func=None, n_inp=1, cbs=(), lr=0., seed=0, notes=True):
@@ -47,18 +64,12 @@ def weighed(items, page, norm=None, reduction='mean'):
     lam = page['lam'] if page['plan'].scale is not None else own
     return losses.sum() / (lam*norm(y) + (1-lam)*norm(y1)).sum()
 
-@pytest.fixture(autouse=True)
-def alone():
-    "No test sees the hooks of another, whose plans may live on"
-    yield
-    modules._global_forward_hooks.clear()
-    modules._global_forward_hooks_with_kwargs.clear()
-
 class Small(nn.Module):
     "A convolutional network with dropout and batch norm"
     def __init__(self, c=3):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(c, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(nn.Conv2d(c, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(inplace=True))
         self.pool,self.drop,self.head = nn.AdaptiveAvgPool2d(1),nn.Dropout(.5),nn.Linear(12, C)
     def forward(self, x): return self.head(self.drop(self.pool(self.body(x)).flatten(1)))
 
@@ -84,9 +95,14 @@ def test_remix_by_the_formula(kappa, tau):
 
 COUNTS = torch.tensor([100., 30, 10, 3, 1])
 REMIXED = dict(
-    MixUp=lambda **kw: MixUp(1., fold=False, **kw), CutMix=CutMix, FMix=FMix, ManifoldMixUp=lambda **kw: ManifoldMixUp(1., layers='body.2', fold=False, **kw), method=lambda **kw: ManifoldMixUp(method=CutMix(), layers='body.2', **kw),
-    AlignMixUp=lambda **kw: AlignMixUp(layers='body.2', **kw), RegMixUp=lambda **kw: RegMixUp(1., fold=False, **kw), by_batch=lambda **kw: RandomMix([MixUp(1., fold=False), CutMix()], **kw), by_item=lambda **kw: RandomMix([MixUp(1., fold=False), CutMix()], per='item', **kw),
+    MixUp=lambda **kw: MixUp(1., fold=False, **kw), CutMix=CutMix, FMix=FMix,
+    ManifoldMixUp=lambda **kw: ManifoldMixUp(1., layers='body.2', fold=False, **kw),
+    method=lambda **kw: ManifoldMixUp(method=CutMix(), layers='body.2', **kw),
+    AlignMixUp=lambda **kw: AlignMixUp(layers='body.2', **kw), RegMixUp=lambda **kw: RegMixUp(1., fold=False, **kw),
+    by_batch=lambda **kw: RandomMix([MixUp(1., fold=False), CutMix()], **kw),
+    by_item=lambda **kw: RandomMix([MixUp(1., fold=False), CutMix()], per='item', **kw),
     previous=lambda **kw: MixUp(1., fold=False, pairing=DifferentClass(), **kw))
+@pytest.mark.slow
 @pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
 @pytest.mark.parametrize('name', REMIXED)
 def test_remix_in_each_method(name, reduction):
@@ -107,20 +123,22 @@ def test_remix_in_each_method(name, reduction):
 
 def test_remix_counts_what_it_has_seen():
     set_seed(0)
-    data = [(torch.randn(8, 4), torch.tensor([0]*5 + [1, 1, 2])), (torch.randn(8, 4), torch.tensor([1]*8)), (torch.randn(8, 4), torch.tensor([4]*7 + [2]))]
+    data = [(torch.randn(8, 4), torch.tensor([0]*5 + [1, 1, 2])), (torch.randn(8, 4), torch.tensor([1]*8)),
+        (torch.randn(8, 4), torch.tensor([4]*7 + [2]))]
     seen = torch.zeros(C)
     for page in pages(MixUp(1., fold=False, labels=ReMix()), nn.Linear(4, C), data*3):
         y,y1 = page['y'],page['y'][page['plan'].index]
         seen += y.bincount(minlength=C)
-        close(page['weights'][0], torch.tensor([remix_by_hand(l.item(), a.item(), b.item(), 3., .5) for l,a,b in zip(page['lam'], seen[y], seen[y1])]))
+        close(page['weights'][0], torch.tensor([remix_by_hand(l.item(), a.item(), b.item(), 3., .5) for l,a,
+            b in zip(page['lam'], seen[y], seen[y1])]))
 
 def test_remix_counts_anew_in_each_fit():
     cb = MixUp(1., fold=False, labels=(remix := ReMix()))
     learn = fitted(cb, nn.Linear(4, C), [(torch.randn(N, 4), Y)])
-    assert not cb.memory
+    assert cb.fit is None
     class Look(Callback):
         order = 60
-        def after_loss(self): self.counts = self.learn.mix_up.memory[remix].clone()
+        def after_loss(self): self.counts = self.learn.mix_up.fit.memory[remix].clone()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[look := Look()])
     close(look.counts, Y.bincount(minlength=C).float())
 
@@ -128,9 +146,10 @@ def test_remix_counts_anew_in_each_fit():
 def test_remix_does_not_count_ignored_items(ignore_index):
     class Look(Callback):
         order = 60
-        def after_loss(self): self.counts, = (c.clone() for c in self.learn.mix_up.memory.values())
+        def after_loss(self): self.counts, = (c.clone() for c in self.learn.mix_up.fit.memory.values())
     y = torch.tensor([0, 1, ignore_index, 1, ignore_index, 2])
-    learn = fitted(MixUp(1., labels=ReMix()), nn.Linear(4, C), [(torch.randn(N, 4), y)], nn.CrossEntropyLoss(ignore_index=ignore_index), cbs=[look := Look()])
+    fitted(MixUp(1., labels=ReMix()), nn.Linear(4, C), [(torch.randn(N, 4), y)], nn.CrossEntropyLoss(ignore_index=ignore_index),
+        cbs=[look := Look()])
     close(look.counts, torch.tensor([1., 2, 1, 0, 0]))
 
 def test_remix_leaves_lam_to_ignored_items():
@@ -140,24 +159,32 @@ def test_remix_leaves_lam_to_ignored_items():
         close(page['weights'][0][ignored], page['lam'][ignored])
 
 @pytest.mark.parametrize('ignore_index', [-100, 2])
-@pytest.mark.parametrize('make', [lambda i: nn.CrossEntropyLoss(W, ignore_index=i), lambda i: LabelSmoothingCE(.1, W, ignore_index=i)], ids=['torch', 'smoothed'])
+@pytest.mark.parametrize('make', [lambda i: nn.CrossEntropyLoss(W, ignore_index=i), lambda i: LabelSmoothingCE(.1, W, ignore_index=i)],
+    ids=['torch', 'smoothed'])
 def test_remix_and_ignore_index(make, ignore_index):
     y = torch.tensor([0, 1, ignore_index, 3, 1, ignore_index])
     eps = .1 if isinstance(make(0), LabelSmoothingCE) else 0.
     for page in pages(MixUp(1., fold=False, labels=ReMix(counts=COUNTS)), nn.Linear(4, C), [(torch.randn(N, 4), y)]*4, make(ignore_index)):
-        close(page['loss'], weighed(partial(F.cross_entropy, weight=W, reduction='none', ignore_index=ignore_index, label_smoothing=eps), page, lambda y: (y != ignore_index)*W[y.clamp_min(0)]))
+        close(page['loss'], weighed(partial(F.cross_entropy, weight=W, reduction='none', ignore_index=ignore_index, label_smoothing=eps),
+            page, lambda y: (y != ignore_index)*W[y.clamp_min(0)]))
 
-@pytest.mark.parametrize('make', [lambda: ReMix(kappa=.5), lambda: ReMix(tau=2), lambda: ReMix(counts=[[1.]]), lambda: ReMix(counts=[-1.]), lambda: MixUp(labels=ReMix), lambda: MixUp(labels='remix'), lambda: RandomMix([MixUp(labels=ReMix())]),
+@pytest.mark.parametrize('make', [lambda: ReMix(kappa=.5), lambda: ReMix(tau=2), lambda: ReMix(counts=[[1.]]), lambda: ReMix(counts=[-1.]),
+    lambda: MixUp(labels=ReMix), lambda: MixUp(labels='remix'), lambda: RandomMix([MixUp(labels=ReMix())]),
                                   lambda: RegMixUp(method=MixUp(labels=ReMix()))])
 def test_bad_remix_is_refused(make):
     with pytest.raises((TypeError, ValueError), match='kappa|tau|counts|labels'): make()
 
-SNAPS = [lambda: MixUp(labels=ReMix()), lambda: CutMix(labels=ReMix(counts=COUNTS)), SnapMix, TransMix, lambda: RandomMix([MixUp(), SnapMix()], [0., 1.]), lambda: RandomMix([MixUp(), SnapMix()], [1e-9, 1.], per='item')]
-@pytest.mark.parametrize('y,loss_func', [(torch.rand(N, C), CrossEntropyLossFlat()), (torch.randint(2, (N, C)), nn.MultiLabelSoftMarginLoss()), (torch.randn(N, 1), MSELossFlat()), (torch.randint(C, (N, 32, 32)), CrossEntropyLossFlat(axis=1)), (Y, lambda p,y: F.cross_entropy(p, y))], ids=['soft', 'tags', 'numbers', 'masks', 'own'])
+SNAPS = [lambda: MixUp(labels=ReMix()), lambda: CutMix(labels=ReMix(counts=COUNTS)), SnapMix, TransMix,
+    lambda: RandomMix([MixUp(), SnapMix()], [0., 1.]), lambda: RandomMix([MixUp(), SnapMix()], [1e-9, 1.], per='item')]
+@pytest.mark.parametrize('y,loss_func', [(torch.rand(N, C), CrossEntropyLossFlat()),
+    (torch.randint(2, (N, C)), nn.MultiLabelSoftMarginLoss()), (torch.randn(N, 1), MSELossFlat()),
+    (torch.randint(C, (N, 32, 32)), CrossEntropyLossFlat(axis=1)), (Y, lambda p,y: F.cross_entropy(p, y))],
+    ids=['soft', 'tags', 'numbers', 'masks', 'own'])
 @pytest.mark.parametrize('make', SNAPS)
 def test_labels_without_classes_are_refused(make, y, loss_func):
     model = vit() if make is TransMix else Small()
-    with pytest.raises(ValueError, match='needs (one target that holds a class index|a loss function)'): fitted(make(), model, [(pictures(), y)], loss_func)
+    with pytest.raises(ValueError, match='needs (one target that holds a class index|a loss function)'):
+        fitted(make(), model, [(pictures(), y)], loss_func)
 
 # SnapMix
 
@@ -202,8 +229,10 @@ def source_box(plan, i, size):
 
 def timm_convnext():
     return pytest.importorskip('timm').create_model('convnext_atto', num_classes=C, depths=(1, 1, 2, 1), dims=(8, 12, 16, 20))
-CNNS = dict(resnet18=(lambda: tv.resnet18(num_classes=C), 'layer4', (64, 48)), wide=(lambda: tv.resnet18(num_classes=C), 'layer4', (64, 100)), convnext=(timm_convnext, 'stages', (64, 96)),
-            one_place_wide=(timm_convnext, 'stages.3.downsample.0', (64, 48)), small=(Small, 'body', (64, 48)), odd=(Small, 'body', (31, 45)))
+CNNS = dict(resnet18=(lambda: tv.resnet18(num_classes=C), 'layer4', (64, 48)),
+    wide=(lambda: tv.resnet18(num_classes=C), 'layer4', (64, 100)), convnext=(timm_convnext, 'stages', (64, 96)),
+            one_place_wide=(timm_convnext, 'stages.3.downsample.0', (64, 48)), small=(Small, 'body', (64, 48)),
+            odd=(Small, 'body', (31, 45)))
 
 @pytest.mark.parametrize('name', CNNS)
 def test_snapmix_by_hand(name):
@@ -267,15 +296,18 @@ def test_snapmix_of_channels_last():
     for i in range(N): close(page['weights'][0][i], torch.tensor(1-share(maps[i], hidden_box(plan.mask(size)[i]), size)), 1e-4)
 
 @pytest.mark.parametrize('ignore_index', [-100, 255])
-@pytest.mark.parametrize('make', [lambda i: nn.CrossEntropyLoss(W, ignore_index=i), lambda i: LabelSmoothingCE(.1, W, ignore_index=i)], ids=['torch', 'smoothed'])
+@pytest.mark.parametrize('make', [lambda i: nn.CrossEntropyLoss(W, ignore_index=i), lambda i: LabelSmoothingCE(.1, W, ignore_index=i)],
+    ids=['torch', 'smoothed'])
 def test_snapmix_and_ignore_index(make, ignore_index):
     y = torch.tensor([0, 1, ignore_index, 3, 1, ignore_index])
     eps = .1 if isinstance(make(0), LabelSmoothingCE) else 0.
     page, = pages(SnapMix(1.), Small(), [(pictures(), y)], make(ignore_index))
-    close(page['loss'], weighed(partial(F.cross_entropy, weight=W, reduction='none', ignore_index=ignore_index, label_smoothing=eps), page, lambda y: (y != ignore_index)*W[y.clamp(0, C-1)]))
+    close(page['loss'], weighed(partial(F.cross_entropy, weight=W, reduction='none', ignore_index=ignore_index, label_smoothing=eps), page,
+        lambda y: (y != ignore_index)*W[y.clamp(0, C-1)]))
 
 REDUCED = dict(
-    mean=(nn.CrossEntropyLoss, {}), weighted=(nn.CrossEntropyLoss, dict(weight=W)), flat=(CrossEntropyLossFlat, dict(weight=W)), smoothing=(nn.CrossEntropyLoss, dict(weight=W, label_smoothing=.2)))
+    mean=(nn.CrossEntropyLoss, {}), weighted=(nn.CrossEntropyLoss, dict(weight=W)), flat=(CrossEntropyLossFlat, dict(weight=W)),
+    smoothing=(nn.CrossEntropyLoss, dict(weight=W, label_smoothing=.2)))
 @pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
 @pytest.mark.parametrize('loss', REDUCED)
 @pytest.mark.parametrize('name', ['SnapMix', 'TransMix', 'by_item'])
@@ -284,26 +316,29 @@ def test_losses_and_reductions(name, loss, reduction):
         order = 61
         def after_loss(self): self.learn.loss_grad = self.learn.loss = self.learn.loss_grad.mean()
     cls,kwargs = REDUCED[loss]
-    cb,model = dict(SnapMix=(SnapMix(1.), Small()), TransMix=(TransMix(), vit()), by_item=(RandomMix([SnapMix(1.), CutMix(), MixUp()], per='item'), Small()))[name]
+    cb,model = dict(SnapMix=(SnapMix(1.), Small()), TransMix=(TransMix(), vit()),
+        by_item=(RandomMix([SnapMix(1.), CutMix(), MixUp()], per='item'), Small()))[name]
     weight = kwargs.get('weight')
     page, = pages(cb, model, [(pictures(), Y)], cls(reduction=reduction, **kwargs), cbs=[Scalar()])
     items = partial(F.cross_entropy, reduction='none', weight=weight, label_smoothing=kwargs.get('label_smoothing', 0.))
     close(page['loss'], weighed(items, page, None if weight is None else weight.__getitem__, reduction))
 
-PLAIN = [nn.CrossEntropyLoss(W), CrossEntropyLossFlat(weight=W), LabelSmoothingCE(.1, W), FocalLossFlat(), LabelSmoothingCrossEntropyFlat(), nn.CrossEntropyLoss(W, ignore_index=1, label_smoothing=.1), nn.CrossEntropyLoss(W, reduction='sum'),
+PLAIN = [nn.CrossEntropyLoss(W), CrossEntropyLossFlat(weight=W), LabelSmoothingCE(.1, W), FocalLossFlat(), LabelSmoothingCrossEntropyFlat(),
+    nn.CrossEntropyLoss(W, ignore_index=1, label_smoothing=.1), nn.CrossEntropyLoss(W, reduction='sum'),
          LabelSmoothingCrossEntropyFlat(weight=W)]
 @pytest.mark.parametrize('loss_func', PLAIN, ids=lambda o: type(o).__name__)
 def test_weights_of_one_are_the_plain_loss(loss_func):
     pred,plan = torch.randn(N, C, generator=torch.Generator().manual_seed(0)),Plan(torch.ones(N), 1)
     for scale in None, torch.ones(N):
-        plan.tell(torch.ones(N), scale)
-        close(mixed_loss(loss_func, pred, (Y,), plan), loss_func(pred, Y))
+        plan.set_labels(torch.ones(N), scale)
+        close(mixed_loss(loss_spec(loss_func), pred, (Y,), plan), loss_func(pred, Y))
 
 def test_share_in_box_is_exact_area():
     g = torch.Generator().manual_seed(0)
     maps = torch.rand(4, 3, 5, generator=g, dtype=torch.float64)
     edges = [tuple(torch.rand(2, 4, generator=g, dtype=torch.float64).sort(0)[0]) for _ in range(2)]
-    want = torch.tensor([share(maps[i], [(edges[d][0][i].item()*s, edges[d][1][i].item()*s) for d,s in ((0, 300), (1, 500))], (300, 500)) for i in range(4)], dtype=torch.float64)
+    want = torch.tensor([share(maps[i], [(edges[d][0][i].item()*s, edges[d][1][i].item()*s) for d,s in ((0, 300), (1, 500))], (300, 500))
+        for i in range(4)], dtype=torch.float64)
     close(share_in_box(maps, edges), want, 1e-9)
 
 # TransMix
@@ -311,11 +346,13 @@ def test_share_in_box_is_exact_area():
 def share_of_mask(attention, mask, grid):
     "Attention to what the mask leaves, patch by patch"
     h,w = mask.shape[1]//grid[0],mask.shape[2]//grid[1]
-    cells = torch.stack([torch.stack([mask[:,i*h:(i+1)*h,j*w:(j+1)*w].float().mean((1, 2)) for j in range(grid[1])], 1) for i in range(grid[0])], 1).flatten(1)
+    cells = torch.stack([torch.stack([mask[:,i*h:(i+1)*h,j*w:(j+1)*w].float().mean((1, 2)) for j in range(grid[1])], 1)
+        for i in range(grid[0])], 1).flatten(1)
     return (attention*cells).sum(1)/attention.sum(1)
 
 def grab(model, layer, seen):
-    return layer.register_forward_pre_hook(lambda m,args,kwargs: seen.append([o for o in (*args, *kwargs.values()) if isinstance(o, Tensor)][0].detach()) if torch.is_grad_enabled() else None, with_kwargs=True)
+    return layer.register_forward_pre_hook(lambda m,args,kwargs: seen.append([o for o in (*args, *kwargs.values())
+        if isinstance(o, Tensor)][0].detach()) if torch.is_grad_enabled() else None, with_kwargs=True)
 
 def timm_attention(layer, x, prefix):
     n,t,c = x.shape
@@ -328,7 +365,9 @@ def timm_vit(size=(32, 32), **kwargs):
     return VisionTransformer(size, 8, num_classes=C, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2., **kwargs)
 SIZES = [(32, 32), (48, 32), (48, 64)]
 @pytest.mark.parametrize('size', SIZES, ids=str)
-@pytest.mark.parametrize('kwargs,prefix', [({}, 1), (dict(reg_tokens=4), 5), (dict(class_token=False, global_pool='avg'), 0), (dict(qk_norm=True, attn_drop_rate=.3, pos_drop_rate=.2), 1), (dict(global_pool='avg'), 1)], ids=['class', 'registers', 'pooled', 'dropout', 'pooled_with_class'])
+@pytest.mark.parametrize('kwargs,prefix', [({}, 1), (dict(reg_tokens=4), 5), (dict(class_token=False, global_pool='avg'), 0),
+    (dict(qk_norm=True, attn_drop_rate=.3, pos_drop_rate=.2), 1), (dict(global_pool='avg'), 1)],
+    ids=['class', 'registers', 'pooled', 'dropout', 'pooled_with_class'])
 def test_transmix_of_timm(kwargs, prefix, size):
     pytest.importorskip('timm')
     check_timm(kwargs, prefix, size)
@@ -339,7 +378,8 @@ def check_timm(kwargs, prefix, size):
     for p in model.parameters(): nn.init.normal_(p, std=.3)
     layer = model.blocks[-1].attn
     grab(model, layer, seen)
-    for page,x in zip(pages(TransMix(), model, [(pictures(size=size, seed=i), Y) for i in range(3)], LabelSmoothingCE(.1, W)), seen):
+    for page,x in zip(pages(TransMix(attention=1), model, [(pictures(size=size, seed=i), Y) for i in range(3)], LabelSmoothingCE(.1, W)),
+        seen):
         with torch.no_grad():
             qkv = timm_attention(layer, x, prefix) if not kwargs.get('qk_norm') else timm_normed(layer, x, prefix)
         grid = size[0]//8,size[1]//8
@@ -368,7 +408,7 @@ def test_transmix_of_torchvision(dropout):
     for p in model.parameters(): nn.init.normal_(p, std=.3)
     layer = model.encoder.layers[-1].self_attention
     grab(model, layer, seen)
-    for page,x in zip(pages(TransMix(), model, [(pictures(seed=i), Y) for i in range(3)], CrossEntropyLossFlat()), seen):
+    for page,x in zip(pages(TransMix(attention=1), model, [(pictures(seed=i), Y) for i in range(3)], CrossEntropyLossFlat()), seen):
         q,k,_ = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).detach().unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
         attention = (q @ k.transpose(-2, -1) / 8**.5).softmax(-1).mean(1)[:,0,1:]
         close(page['weights'][0], share_of_mask(attention, page['plan'].mask((32, 32)), (4, 4)))
@@ -378,7 +418,8 @@ class Hugging(nn.Module):
     def __init__(self, size=(32, 32), attn='sdpa'):
         super().__init__()
         from transformers import ViTConfig, ViTForImageClassification
-        self.vit = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=size, patch_size=8, num_labels=C, attn_implementation=attn, attention_probs_dropout_prob=.2, hidden_dropout_prob=.2))
+        self.vit = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            image_size=size, patch_size=8, num_labels=C, attn_implementation=attn, attention_probs_dropout_prob=.2, hidden_dropout_prob=.2))
     def forward(self, x): return self.vit(x).logits
 
 @pytest.mark.parametrize('size', [(32, 32), (48, 32)], ids=str)
@@ -390,8 +431,10 @@ def test_transmix_of_hugging_face(size):
     seen = {}
     def linear(name): return [m for n,m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(name)][-1]
     names = ('query', 'key') if any(n.endswith('query') for n,_ in model.named_modules()) else ('q_proj', 'k_proj')
-    for name in names: linear(name).register_forward_hook(lambda m,i,o,name=name: seen.setdefault(name, []).append(o.detach()) if o.requires_grad else None)
-    got = pages(TransMix(), model, [(pictures(size=size, seed=i), Y) for i in range(3)])
+    for name in names:
+        linear(name).register_forward_hook(lambda m,i,o,name=name: seen.setdefault(name, []).append(o.detach()) if o.requires_grad
+            else None)
+    got = pages(TransMix(attention=1), model, [(pictures(size=size, seed=i), Y) for i in range(3)])
     for page,q,k in zip(got, seen[names[0]], seen[names[1]]):
         q,k = (o.unflatten(-1, (2, 8)).transpose(1, 2) for o in (q, k))
         attention = (q @ k.transpose(-2, -1) / 8**.5).softmax(-1).mean(1)[:,0,1:]
@@ -401,7 +444,8 @@ class Blocks(nn.Module):
     "Calls torch's attention several times in one layer"
     def __init__(self):
         super().__init__()
-        self.patches,self.a,self.b,self.head,self.drop = nn.Conv2d(3, 8, 8, 8),nn.Linear(8, 8),nn.Linear(8, 8),nn.Linear(8, C),nn.Dropout(.5)
+        self.patches,self.a,self.b,self.head,self.drop = nn.Conv2d(3, 8, 8, 8),nn.Linear(8, 8),nn.Linear(8, 8),nn.Linear(8,
+            C),nn.Dropout(.5)
     def forward(self, x):
         t = self.patches(x).flatten(2).transpose(1, 2)
         t = self.drop(torch.cat([t.mean(1, keepdim=True), t], 1))[:,None]
@@ -410,30 +454,49 @@ class Blocks(nn.Module):
         self.qk = q.detach(),t.detach()
         return self.head((t + F.scaled_dot_product_attention(q, t, t))[:,0,0])
 
+def test_transmix_of_attention_and_area():
+    "The rule of the authors' code: the mean of both"
+    for share in (.5, 0., .25):
+        set_seed(0)
+        (page,),(alone,) = (pages(TransMix(attention=a) if a != .5 else TransMix(), vit(), [(pictures(), Y)]) for a in (share, 1.))
+        close(page['lam'], alone['lam'])
+        close(page['weights'][0], share*alone['weights'][0] + (1-share)*page['lam'])
+        assert (alone['weights'][0]-alone['lam']).abs().max() > 1e-3
+
+@pytest.mark.parametrize('attention', [-.1, 1.5, 'all', None])
+def test_bad_share_of_attention(attention):
+    with pytest.raises((TypeError, ValueError), match='attention must be a number from 0 to 1'): TransMix(attention=attention)
+
 def test_transmix_takes_the_last_call():
     set_seed(0)
     model = Blocks()
     model.drop.p = 0.
-    page, = pages(TransMix(), model, [(pictures(), Y)])
+    page, = pages(TransMix(attention=1), model, [(pictures(), Y)])
     q,k = model.qk
     close(page['weights'][0], share_of_mask((q @ k.transpose(-2, -1) / 8**.5).softmax(-1)[:,0,0,1:], page['plan'].mask((32, 32)), (4, 4)))
 
 def swin():
-    return pytest.importorskip('timm').create_model('swin_tiny_patch4_window7_224', img_size=32, window_size=2, embed_dim=8, depths=(2, 1), num_heads=(1, 2), num_classes=C)
+    return pytest.importorskip('timm').create_model('swin_tiny_patch4_window7_224', img_size=32, window_size=2, embed_dim=8, depths=(2, 1),
+        num_heads=(1, 2), num_classes=C)
 def tv_swin(): return tv.SwinTransformer([4, 4], 8, [1, 1], [1, 2], [2, 2], num_classes=C)
 def eager(): return Hugging(attn='eager') if pytest.importorskip('transformers') else None
-@pytest.mark.parametrize('net', [Small, lambda: tv.resnet18(num_classes=C), swin, tv_swin, eager], ids=['small', 'resnet', 'swin', 'tv_swin', 'eager'])
+@pytest.mark.parametrize('net', [Small, lambda: tv.resnet18(num_classes=C), swin, tv_swin, eager],
+    ids=['small', 'resnet', 'swin', 'tv_swin', 'eager'])
 def test_models_without_attention_are_refused(net):
     with pytest.raises(ValueError, match='TransMix.*Use `CutMix`'): fitted(TransMix(), net(), [(pictures(), Y)])
     assert not modules._global_forward_hooks and not modules._global_forward_pre_hooks
 
 def test_snapmix_refuses_models_without_places():
-    with pytest.raises(ValueError, match='SnapMix.*`CutMix`'): fitted(SnapMix(), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, C)), [(pictures(), Y)])
-    with pytest.raises(ValueError, match='SnapMix needs items with places'): fitted(SnapMix(), nn.Linear(4, C), [(torch.randn(N, 4), Y)])
+    with pytest.raises(ValueError, match='SnapMix.*`CutMix`'):
+        fitted(SnapMix(), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, C)), [(pictures(), Y)])
+    with pytest.raises(ValueError, match='SnapMix needs inputs with spatial dimensions'):
+        fitted(SnapMix(), nn.Linear(4, C), [(torch.randn(N, 4), Y)])
 
 # both
 
-BOTH = dict(SnapMix=(SnapMix, Small), TransMix=(TransMix, lambda: vit(dropout=.3, attention_dropout=.3)), snap_by_batch=(lambda: RandomMix([SnapMix(), MixUp()]), Small), snap_by_item=(lambda: RandomMix([SnapMix(), MixUp()], per='item'), Small),
+BOTH = dict(SnapMix=(SnapMix, Small), TransMix=(TransMix, lambda: vit(dropout=.3, attention_dropout=.3)),
+    snap_by_batch=(lambda: RandomMix([SnapMix(), MixUp()]), Small),
+    snap_by_item=(lambda: RandomMix([SnapMix(), MixUp()], per='item'), Small),
             trans_by_item=(lambda: RandomMix([TransMix(), MixUp()], per='item'), lambda: vit(dropout=.3)))
 def state(model): return {k: v.clone() for k,v in model.state_dict().items()}
 
@@ -458,8 +521,10 @@ def test_model_is_left_as_it_was(name):
             order = 20
             def before_batch(self):
                 "Between mixing and the forward pass nothing has changed"
-                passes.append(([m.training for m in model.modules()], [p.grad is None for p in model.parameters()], [b.clone() for b in model.buffers()], torch.get_rng_state(), torch.is_grad_enabled(), [set(vars(m)) - {'masks'} for m in model.modules()]))
-        learn = fitted(cb, model, [(pictures(seed=i), Y) for i in range(3)], cbs=[Check()], seed=3)
+                passes.append(([m.training for m in model.modules()], [p.grad is None for p in model.parameters()],
+                    [b.clone() for b in model.buffers()], torch.get_rng_state(), torch.is_grad_enabled(),
+                    [set(vars(m)) - {'masks'} for m in model.modules()]))
+        fitted(cb, model, [(pictures(seed=i), Y) for i in range(3)], cbs=[Check()], seed=3)
         return passes,[m.masks for m in model.modules() if isinstance(m, Drops)],torch.get_rng_state()
     (a,drops_a,end_a),(b,drops_b,end_b) = run(make()),run([])
     for p,q in zip(a, b):
@@ -485,6 +550,7 @@ class Stops(Callback):
         self.done = True
         raise self.exc('stop')
 
+@pytest.mark.slow
 @pytest.mark.parametrize('exc', [CancelBatchException, KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize('at', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_batch'])
 @pytest.mark.parametrize('name', BOTH)
@@ -496,7 +562,8 @@ def test_no_hook_is_left(name, at, exc):
     gc.collect()
     if exc is CancelBatchException and at != 'after_batch': assert not modules._global_forward_hooks
     model(pictures()) # where nobody could be told of the end, the next call finds out
-    assert not modules._global_forward_hooks and not modules._global_forward_pre_hooks and not any(m._forward_hooks for m in model.modules())
+    assert not modules._global_forward_hooks and not modules._global_forward_pre_hooks and not any(m._forward_hooks
+        for m in model.modules())
     assert len({m.training for m in model.modules()}) == 1
 
 @pytest.mark.parametrize('make', [TransMix, lambda: RandomMix([TransMix(), MixUp()]), lambda: ManifoldMixUp(method=TransMix()),
@@ -532,7 +599,8 @@ def test_inside_of_a_random_choice(kind, per):
         if per == 'item': assert not differs[page['plan'].choice > 0].any()
     assert .15 < weighed_otherwise/16 < .75
 
-@pytest.mark.parametrize('off', [lambda: SnapMix(0), lambda: SnapMix(lambda pct: 0.), lambda: TransMix(0)], ids=['SnapMix', 'scheduled', 'TransMix'])
+@pytest.mark.parametrize('off', [lambda: SnapMix(0), lambda: SnapMix(lambda pct: 0.), lambda: TransMix(0)],
+    ids=['SnapMix', 'scheduled', 'TransMix'])
 def test_off_inside_of_a_random_choice_by_item(off, request):
     fitted(RandomMix([off(), MixUp()], per='item'), vit() if isinstance(off(), TransMix) else Small(), [(pictures(), Y)])
 
@@ -545,7 +613,8 @@ def test_snapmix_beside_the_clean_batch():
 def test_snapmix_with_the_previous_batch(): fitted(SnapMix(pairing=PreviousBatch()), Small(), [(pictures(seed=i), Y) for i in range(3)])
 
 def test_transmix_with_the_previous_batch():
-    for page in pages(TransMix(pairing=PreviousBatch()), vit(), [(pictures(seed=i), Y) for i in range(3)])[1:]: close(sum(page['weights']), torch.ones(N))
+    for page in pages(TransMix(pairing=PreviousBatch()), vit(), [(pictures(seed=i), Y) for i in range(3)])[1:]:
+        close(sum(page['weights']), torch.ones(N))
 
 @pytest.mark.parametrize('name', ['SnapMix', 'TransMix'])
 def test_another_class_as_partner(name):
@@ -564,4 +633,6 @@ def test_the_same_callback_on_another_model(make):
         cb.learn = None
 
 def test_last_of_one_item():
-    for make,net in BOTH.values(): fitted(make(), net().eval() if net is Small else net(), [(pictures(), Y), (pictures(2), Y[:2]), (pictures(1), Y[:1])] if net is not Small else [(pictures(), Y), (pictures(2), Y[:2])])
+    for make,net in BOTH.values():
+        fitted(make(), net().eval() if net is Small else net(),
+            [(pictures(), Y), (pictures(2), Y[:2]), (pictures(1), Y[:1])] if net is not Small else [(pictures(), Y), (pictures(2), Y[:2])])

@@ -1,8 +1,10 @@
 "What happens to a Learner in its life: each time the oracle agrees, or nothing is mixed."
 import copy
 import gc
+import importlib.util
 import weakref
 
+import fastai.vision.learner  # noqa: F401 (shows the items of images)
 import pytest
 import torch
 from fastai.callback.core import FetchPredsCallback
@@ -14,13 +16,31 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastai.vision.learner import vision_learner # registers how pictures are shown
+from life import KINDS, At, N, Net, batches, check, check_page, each_kind, hooks, learner, mixer, quiet
 from torch import nn
 
 from fastai_mixup.all import ManifoldMixUp, MixUp
-from life import At, KINDS, N, Net, alone, batches, check, check_page, each_kind, hooks, learner, mixer, quiet, real
 
 # Ways to train
+
+def test_module_loaded_twice():
+    "As by `importlib.reload`, `%autoreload`, or a notebook that defines the module: each version's callback has its scope"
+    from fastai_mixup import callback as first
+    spec = importlib.util.spec_from_file_location('fastai_mixup.callback_again', first.__file__)
+    spec.loader.exec_module(second := importlib.util.module_from_spec(spec))
+    for module in first, second, first, second:
+        set_seed(0)
+        seen = []
+        class Seen(nn.Linear):
+            def forward(self, x): seen.append(x.detach()); return super().forward(x)
+        learn = Learner(DataLoaders([(torch.eye(N), torch.arange(N))], [], device='cpu'), Seen(N, N), CrossEntropyLossFlat(), lr=0.,
+            cbs=module.MixUp(1.))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        pred = learn.model(seen[0])
+        torch.testing.assert_close(torch.as_tensor(learn.recorder.losses[0]), nn.functional.cross_entropy(pred, seen[0]))
+        assert not seen[0].equal(torch.eye(N))
+        with pytest.raises(ZeroDivisionError), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=At('after_pred', lambda cb: 1/0))
+        assert type(learn.loss_func) is CrossEntropyLossFlat
 
 @each_kind
 @pytest.mark.parametrize('n,train', [
@@ -74,8 +94,10 @@ def confusion(learn): return ClassificationInterpretation.from_learner(learn).co
 
 @each_kind
 @pytest.mark.parametrize('look', [
-    lambda learn: learn.get_preds(), lambda learn: learn.get_preds(ds_idx=0, with_loss=True), lambda learn: learn.get_preds(with_loss=True, with_input=True),
-    lambda learn: learn.validate(), lambda learn: learn.predict(3), lambda learn: learn.predict(3, with_input=True), lambda learn: learn.tta(n=2),
+    lambda learn: learn.get_preds(), lambda learn: learn.get_preds(ds_idx=0, with_loss=True),
+    lambda learn: learn.get_preds(with_loss=True, with_input=True),
+    lambda learn: learn.validate(), lambda learn: learn.predict(3), lambda learn: learn.predict(3, with_input=True),
+    lambda learn: learn.tta(n=2),
     lambda learn: learn.summary().split('Callbacks')[0], interpretation, confusion,
 ], ids=['get_preds', 'train set', 'with_loss', 'validate', 'predict', 'with_input', 'tta', 'summary', 'interpretation', 'confusion'])
 def test_looking_is_not_mixed(look, kind, real):
@@ -109,6 +131,7 @@ def test_fetch_preds(ours_removed, kind, real):
     check(learn, 4, 8)
     torch.testing.assert_close(fetch.preds[0], learn.get_preds()[0])
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize('event', ['after_epoch', 'after_train', 'after_validate'])
 @pytest.mark.parametrize('inner', [False, True])
@@ -185,6 +208,7 @@ def test_one_instance_is_not_taken_away_in_mid_training(event, kind):
     with pytest.raises(RuntimeError, match='another Learner'): first.fit(2, cbs=At(event, steal, order=1000))
     for page in first.oracle.take(): check_page(page, mixed=page.training)
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_epoch'])
 @pytest.mark.parametrize('use', [lambda learn: learn.fit(1), lambda learn: learn.validate()], ids=['fit', 'validate'])
@@ -201,7 +225,7 @@ def test_its_former_learner_does_no_harm(use, event, kind):
 @pytest.mark.parametrize('other', [MixUp, ManifoldMixUp, FastaiMixUp, CutMix], ids=lambda o: f'{o.__module__}.{o.__name__}')
 @pytest.mark.parametrize('kind', ['floats', 'hidden'])
 @pytest.mark.parametrize('first', [False, True])
-def test_company_that_mixes_is_refused(first, kind, other):
+def test_another_callback_that_mixes_is_refused(first, kind, other):
     cbs = [KINDS[kind](), other()]
     learn = learner('floats', cbs if first else cbs[::-1], mix=False)
     loss_func = learn.loss_func
@@ -232,9 +256,9 @@ def test_idiom_of_the_documentation(kind, real):
         plan = mixer(learn).plan
     cb = mixer(learn)
     assert torch.equal(cb.y, b[1])
-    if kind == 'floats': assert torch.equal(cb.x, plan.blend(b[0])) and not torch.equal(cb.x, b[0])
+    if kind == 'floats': assert torch.equal(cb.x, plan.mix(b[0])) and not torch.equal(cb.x, b[0])
     if kind in ('hidden', 'output'): assert torch.equal(cb.x, b[0])
-    if kind == 'integers': assert torch.equal(learn.model.ids(cb.x), plan.blend(learn.model.ids(b[0])))
+    if kind == 'integers': assert torch.equal(learn.model.ids(cb.x), plan.mix(learn.model.ids(b[0])))
     learn.fit(1)
     check(learn, 2, 2)
 
@@ -245,6 +269,7 @@ def test_refused_data_leaves_no_trace():
     learn.fit(1)
     check(learn, 2, 2)
 
+@pytest.mark.slow
 @each_kind
 def test_nothing_is_kept_alive(kind):
     model = nn.Sequential(nn.Embedding(N, N) if kind == 'integers' else nn.Linear(N, N), nn.Linear(N, 5))
@@ -255,7 +280,8 @@ def test_nothing_is_kept_alive(kind):
         def __iter__(self): return fresh()
     cb = ManifoldMixUp(1., layers='output' if kind == 'output' else '0') if kind in ('hidden', 'output') else MixUp(1.)
     data = Fresh(batches(kind))
-    learn = quiet(Learner(DataLoaders(data, data, device='cpu'), model, CrossEntropyLossFlat(), cbs=[cb, At('after_loss', note, run_valid=True)]))
+    learn = quiet(Learner(DataLoaders(data, data, device='cpu'), model, CrossEntropyLossFlat(),
+        cbs=[cb, At('after_loss', note, run_valid=True)]))
     learn.fit(2)
     gc.collect()
     assert len(refs) == 24 and not any(o() is not None for o in refs)

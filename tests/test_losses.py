@@ -6,13 +6,22 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.losses import (BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy,
-    LabelSmoothingCrossEntropyFlat, MSELossFlat)
+from fastai.losses import (
+    BaseLoss,
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    DiceLoss,
+    FocalLossFlat,
+    L1LossFlat,
+    LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat,
+    MSELossFlat,
+)
 from fastai.vision.all import TensorCategory, TensorMask, TensorMultiCategory
+from oracle import BS, C, Head, N, Net, batches, check, close, fit, learner, mixed_losses, mixed_targets, noop, shared_lam
 from torch import nn
 
 from fastai_mixup.all import *
-from oracle import BS, C, N, Head, Net, batches, check, close, fit, learner, mixed_losses, mixed_targets, noop, shared_lam
 
 gen = torch.Generator().manual_seed(1)
 def ints(*size, high=C): return torch.randint(high, (N, *size), generator=gen)
@@ -73,19 +82,22 @@ for red in REDUCTIONS:
     case(f'next_token-{red}', CrossEntropyLossFlat(reduction=red), (SOME_SEQ,), ce(SOME_SEQ, axis=2, reduction=red), outs=((3, C),))
     case(f'ours-{red}', LabelSmoothingCE(reduction=red), (IDX,), ce(IDX, label_smoothing=.1, reduction=red))
     case(f'ours-all-{red}', LabelSmoothingCE(.3, W, reduction=red), (SOME,), ce(SOME, weight=W, label_smoothing=.3, reduction=red))
-    case(f'ours-axis-{red}', LabelSmoothingCE(.3, W, axis=1, reduction=red), (SOME_SEG,), ce(SOME_SEG, weight=W, label_smoothing=.3, reduction=red), **seg)
+    case(f'ours-axis-{red}', LabelSmoothingCE(.3, W, axis=1, reduction=red), (SOME_SEG,),
+        ce(SOME_SEG, weight=W, label_smoothing=.3, reduction=red), **seg)
     case(f'ours-soft-{red}', LabelSmoothingCE(.3, W, reduction=red), (PROBS,),
          mixed_targets(partial(F.cross_entropy, weight=W, label_smoothing=.3, reduction=red), PROBS))
 
 def fastai_smoothing(y, weight=None, reduction='mean', eps=.1):
-    nll = mixed_losses(lambda p,t: F.nll_loss(p.log_softmax(1), t, weight, reduction='none'), y, norm=partial(counts, weight=weight), reduction=reduction)
+    nll = mixed_losses(lambda p,t: F.nll_loss(p.log_softmax(1), t, weight, reduction='none'), y, norm=partial(counts, weight=weight),
+        reduction=reduction)
     def want(M, pred, ids):
         uniform = -pred.log_softmax(1).mean(1)
         return eps*getattr(uniform, reduction, lambda: uniform)() + (1-eps)*nll(M, pred, ids)
     return want
 
 for f,w,red in product((LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat), (None, W), REDUCTIONS):
-    case(f"fastai_smoothing-{f.__name__}-{'plain' if w is None else 'weight'}-{red}", f(weight=w, reduction=red), (IDX,), fastai_smoothing(IDX, w, red))
+    case(f"fastai_smoothing-{f.__name__}-{'plain' if w is None else 'weight'}-{red}", f(weight=w, reduction=red), (IDX,),
+        fastai_smoothing(IDX, w, red))
 case('fastai_smoothing-ignored', LabelSmoothingCrossEntropyFlat(), (SOME,), fastai_smoothing(SOME))
 
 def focal(p, t, gamma=2., weight=None):
@@ -110,7 +122,8 @@ for red in REDUCTIONS:
         case(f'bce-flat-{name}-{red}', BCEWithLogitsLossFlat(reduction=red), (y,), mixed_targets(partial(bce, reduction=red), BITS))
     case(f'bce-module-{red}', nn.BCEWithLogitsLoss(W, pos_weight=2*W, reduction=red), (BITS.float(),),
          mixed_targets(partial(bce, weight=W, pos_weight=2*W, reduction=red), BITS))
-    case(f'bce-pos_weight-{red}', BCEWithLogitsLossFlat(pos_weight=W, reduction=red), (BITS,), mixed_targets(partial(bce, pos_weight=W, reduction=red), BITS))
+    case(f'bce-pos_weight-{red}', BCEWithLogitsLossFlat(pos_weight=W, reduction=red), (BITS,),
+        mixed_targets(partial(bce, pos_weight=W, reduction=red), BITS))
     for name,flat,module,f in ('mse', MSELossFlat, nn.MSELoss, F.mse_loss), ('l1', L1LossFlat, nn.L1Loss, F.l1_loss):
         one,two = REAL[:,0],REAL
         case(f'{name}-flat-1d-{red}', flat(reduction=red), (one,), mixed_targets(partial(flattened, f=f, reduction=red), one), outs=((1,),))
@@ -126,7 +139,8 @@ for red in REDUCTIONS:
 SIGNS,CLASSES = 2*(IDX % 2) - 1,torch.stack([IDX, (IDX+1) % C, *[torch.full_like(IDX, -1)]*3], 1)
 case('hinge', nn.HingeEmbeddingLoss(), (SIGNS,), mixed_losses(partial(F.hinge_embedding_loss, reduction='none'), SIGNS), outs=((),))
 case('multilabel_margin', nn.MultiLabelMarginLoss(), (CLASSES,), mixed_losses(partial(F.multilabel_margin_loss, reduction='none'), CLASSES))
-case('mse-large_ints', nn.MSELoss(), (IDX + 2**30,), mixed_targets(F.mse_loss, (IDX + 2**30).double()), outs=((),), dtype=torch.float64, tol=1e-12)
+case('mse-large_ints', nn.MSELoss(), (IDX + 2**30,), mixed_targets(F.mse_loss, (IDX + 2**30).double()), outs=((),), dtype=torch.float64,
+    tol=1e-12)
 
 def nll_items(p, t): return F.cross_entropy(p, t, reduction='none')
 def squared(p, t): return F.cross_entropy(p, t)**2
@@ -157,7 +171,8 @@ for name,y in dict(early=SOME, late=LATE).items():
     case(f'own-masked_argument-{name}', masked_argument, (y,), ce(y))
     case(f'own-masked_attribute-{name}', Masked(), (y,), ce(y))
 
-def two_heads(p, a, b, reduction='mean'): return F.cross_entropy(p[0], a, reduction=reduction) + 2*F.cross_entropy(p[1], b, reduction=reduction)
+def two_heads(p, a, b, reduction='mean'):
+    return F.cross_entropy(p[0], a, reduction=reduction) + 2*F.cross_entropy(p[1], b, reduction=reduction)
 def two_heads_scalar(p, a, b): return two_heads(p, a, b)
 def class_and_number(p, a, x): return F.cross_entropy(p[:,:C], a) + F.mse_loss(p[:,C], x)
 def two_numbers(p, x, y): return F.mse_loss(p[0], x) + F.l1_loss(p[1], y)
@@ -173,12 +188,14 @@ def case_learner(c, mix):
     torch.manual_seed(0)
     return learner(batches((torch.eye(N, dtype=c.dtype),), c.ys), c.loss_func, Net(Head(*c.outs, act=c.act, dtype=c.dtype)), mix)
 
-def state(loss_func): return [(k, id(v)) for o in (loss_func, getattr(loss_func, 'func', None)) for k,v in getattr(o, '__dict__', {}).items()]
+def state(loss_func):
+    return [(k, id(v)) for o in (loss_func, getattr(loss_func, 'func', None)) for k,v in getattr(o, '__dict__', {}).items()]
 
 @each_case
 def test_oracle(c):
     for page in fit(case_learner(c, MixUp(1., fold=False)), 2): check(page, c.want, tol=c.tol)
 
+@pytest.mark.slow
 @each_case
 def test_unmixed(c):
     for page in fit(case_learner(c, MixUp(1e-9))):
@@ -187,6 +204,7 @@ def test_unmixed(c):
         assert page.loss.shape == want.shape and page.loss.dtype == want.dtype
         close(page.loss, want, c.tol)
 
+@pytest.mark.slow
 @each_case
 def test_loss_func_is_left_alone(c):
     before = state(c.loss_func)

@@ -5,15 +5,16 @@ from functools import partial
 import pytest
 import torch
 from fastai.vision.all import TensorImage
+from oracle import Callback, N, Net, batches, close, fit, learner
+from test_inputs import EYE, FLOATS, INTS, Embed, check_all, run
 from torch import Tensor, nn
 
 from fastai_mixup.all import *
-from oracle import N, Callback, Net, batches, close, fit, learner
-from test_inputs import EYE, FLOATS, INTS, Embed, check_all, run
 
 IMAGES = torch.randn(N, 3, 4, 5)
 LAYOUTS = {str(d)[6:]: IMAGES.to(d) for d in (torch.float16, torch.bfloat16, torch.float64, torch.complex64)} | dict(
-    channels_last=IMAGES.to(memory_format=torch.channels_last), channels_last_3d=torch.randn(N, 3, 2, 4, 5).to(memory_format=torch.channels_last_3d),
+    channels_last=IMAGES.to(memory_format=torch.channels_last),
+    channels_last_3d=torch.randn(N, 3, 2, 4, 5).to(memory_format=torch.channels_last_3d),
     image=TensorImage(IMAGES), gradient=IMAGES.clone().to(memory_format=torch.channels_last).requires_grad_())
 
 class Look(Callback):
@@ -27,7 +28,8 @@ def test_kept_layout(name):
     for page,got in zip(run((EYE, x), cbs=[look]), look.seen):
         own,wide = x[page.ids],torch.complex128 if x.is_complex() else torch.float64
         assert (type(got), got.dtype, got.stride(), got.device) == (type(own), own.dtype, own.stride(), own.device)
-        close(got.to(wide), torch.tensordot(page.M.to(wide), x.detach().as_subclass(Tensor).to(wide), 1), 1e-2 if x.element_size() == 2 else 1e-5)
+        close(got.to(wide), torch.tensordot(page.M.to(wide), x.detach().as_subclass(Tensor).to(wide), 1),
+            1e-2 if x.element_size() == 2 else 1e-5)
 
 def clone(o):
     if isinstance(o, Tensor): return o.clone()
@@ -48,7 +50,8 @@ def graph(x):
     y = (x*w).sum()
     return lambda: torch.autograd.grad(y, w)[0]
 
-HOLDS = dict(nothing=lambda x: later(0), itself=later, view=lambda x: later(x.T), part=lambda x: later(x[:1,:1]), detached=lambda x: later(x.detach()),
+HOLDS = dict(nothing=lambda x: later(0), itself=later, view=lambda x: later(x.T), part=lambda x: later(x[:1,:1]),
+    detached=lambda x: later(x.detach()),
              numpy=lambda x: later(x.numpy()), storage=lambda x: partial(stored, x.untyped_storage()), graph=graph)
 
 class Holding(Net):

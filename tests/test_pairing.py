@@ -4,42 +4,58 @@ import weakref
 from functools import partial
 from types import SimpleNamespace
 
+import fastai.callback.schedule  # noqa: F401, gives Learner `lr_find`
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import BCEWithLogitsLossFlat, Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, SGD, nn
-from fastai.callback.schedule import Learner # registers lr_find
+from fastai.basics import (
+    SGD,
+    BCEWithLogitsLossFlat,
+    Callback,
+    CancelFitException,
+    CrossEntropyLossFlat,
+    DataLoaders,
+    Learner,
+    MSELossFlat,
+    nn,
+)
 from fastai.callback.training import GradientAccumulation
 from fastai.data.all import Datasets
 from fastai.learner import load_learner
 from fastai.vision.core import TensorMask
+from oracle import BS, C, N, Net, batches, check, close, fit, learner, mixed_losses, mixed_targets, plain, shared_lam
 from scipy import stats
 from sklearn.neighbors import KernelDensity
 
 from fastai_mixup.all import *
+from fastai_mixup.batch import Batch, Draws
 from fastai_mixup.pairing import different_class, near_log_weights, same_class
-from oracle import BS, C, Head, N, Net, batches, check, close, fit, learner, mixed_losses, mixed_targets, plain, shared_lam
 
 IDS = torch.arange(N)
 OTHER,SAME = IDS % 5,torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4])
 W = torch.tensor([1., 3., .5, 2., .2])
-def ring(cb, n): return torch.arange(n).roll(1)
+def ring(batch): return torch.arange(batch.n).roll(1)
 def by_class(learn): return learn.yb[0]
 
-PAIRINGS = dict(other=(DifferentClass, OTHER), same=(SameClass, SAME), near=(partial(NearTarget, .3, by_class), OTHER), own=(lambda: ring, OTHER))
+PAIRINGS = dict(other=(DifferentClass, OTHER), same=(SameClass, SAME), near=(partial(NearTarget, .3, by_class), OTHER),
+    own=(lambda: ring, OTHER))
 METHODS = dict(
-    MixUp=partial(MixUp, 1.), batch=partial(MixUp, 1., per='batch'), CutMix=CutMix, FMix=FMix, ResizeMix=ResizeMix, SaliencyMix=SaliencyMix, by_batch=lambda pairing: RandomMix([MixUp(1., pairing=pairing), CutMix(pairing=pairing), ResizeMix(pairing=pairing)]),
+    MixUp=partial(MixUp, 1.), batch=partial(MixUp, 1., per='batch'), CutMix=CutMix, FMix=FMix, ResizeMix=ResizeMix, SaliencyMix=SaliencyMix,
+    by_batch=lambda pairing: RandomMix([MixUp(1., pairing=pairing), CutMix(pairing=pairing), ResizeMix(pairing=pairing)]),
     by_item=lambda pairing: RandomMix([MixUp(1.), CutMix(), ResizeMix()], per='item', pairing=pairing))
 def CE(pred, y, **kwargs): return F.cross_entropy(pred, y, reduction='none', **kwargs)
 def own(pred, y): return F.cross_entropy(pred, y)**2
 INDEX = dict(
-    CE=(CrossEntropyLossFlat(), partial(mixed_losses, CE)), smoothed=(LabelSmoothingCE(.1), partial(mixed_losses, partial(CE, label_smoothing=.1))),
-    weighted=(nn.CrossEntropyLoss(W), partial(mixed_losses, partial(CE, weight=W), norm=W.__getitem__)), sum=(nn.CrossEntropyLoss(reduction='sum'), partial(mixed_losses, CE, reduction='sum')),
+    CE=(CrossEntropyLossFlat(), partial(mixed_losses, CE)), smoothed=(LabelSmoothingCE(.1),
+    partial(mixed_losses, partial(CE, label_smoothing=.1))),
+    weighted=(nn.CrossEntropyLoss(W), partial(mixed_losses, partial(CE, weight=W), norm=W.__getitem__)),
+    sum=(nn.CrossEntropyLoss(reduction='sum'), partial(mixed_losses, CE, reduction='sum')),
     none=(CrossEntropyLossFlat(reduction='none'), partial(mixed_losses, CE, reduction='none')), own=(own, partial(shared_lam, own)))
 TAGS = torch.randint(2, (N, C), generator=torch.Generator().manual_seed(0)).float()
 NUMBERS = torch.randn(N, C, generator=torch.Generator().manual_seed(0))
-FLOAT = dict(MSE=(MSELossFlat(), F.mse_loss, NUMBERS), BCE=(BCEWithLogitsLossFlat(), F.binary_cross_entropy_with_logits, TAGS), own=(lambda p,y: (p-y).abs().max(), lambda p,y: (p-y).abs().max(), NUMBERS))
+FLOAT = dict(MSE=(MSELossFlat(), F.mse_loss, NUMBERS), BCE=(BCEWithLogitsLossFlat(), F.binary_cross_entropy_with_logits, TAGS),
+    own=(lambda p,y: (p-y).abs().max(), lambda p,y: (p-y).abs().max(), NUMBERS))
 
 def pictures(size=(6, 7)): return torch.eye(N).view(N, N, *[1]*len(size)).expand(N, N, *size).contiguous()
 def mean(x): return x.flatten(2).mean(2) if x.ndim > 2 else x
@@ -55,6 +71,7 @@ def pages(cb, y, loss_func, epochs=2, x=None, bs=BS, **kwargs):
     data = batches((pictures() if x is None else x,), (y,), bs)
     return fit(learner(data, loss_func, Net(encode=mean), cb, bs=bs, **kwargs), epochs)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loss', INDEX)
 @pytest.mark.parametrize('pairing', PAIRINGS)
 @pytest.mark.parametrize('name', METHODS)
@@ -108,6 +125,7 @@ def test_hidden(how, pairing):
         if pairing == 'other': assert (y[met[met >= 0]] != y[ids][met >= 0]).all()
         if pairing == 'same': assert (y[met[met >= 0]] == y[ids][met >= 0]).all()
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loss', INDEX)
 @pytest.mark.parametrize('pairing', PAIRINGS)
 @pytest.mark.parametrize('method', [None, CutMix, partial(MixUp, 1.), FMix])
@@ -118,7 +136,8 @@ def test_beside_the_clean_batch(method, pairing, loss):
     def both(M, pred, ids):
         n = len(ids)
         close(M[:n], torch.eye(N)[ids])
-        return want(y)(M[:n], pred[:n], ids) + .7*want(y)(M[n:], pred[n:], ids) if loss != 'own' else own(pred[:n], y[ids]) + .7*want(y)(M[n:], pred[n:], ids)
+        return want(y)(M[:n], pred[:n], ids) + .7*want(y)(M[n:], pred[n:], ids) if loss != 'own' else own(pred[:n],
+            y[ids]) + .7*want(y)(M[n:], pred[n:], ids)
     for page in pages(cb, y, loss_func): check(page, both, tol=2e-4)
 
 @pytest.mark.parametrize('per', ['batch', 'item'])
@@ -135,6 +154,7 @@ def kinds(y):
     return [torch.stack([f(y, g) for _ in range(1200)]) for f in (different_class, same_class)]
 
 COUNTS = [(1,), (5,), (1, 1), (3, 1), (2, 2), (5, 2, 1), (4, 4), (6, 1, 1, 1), (2, 3, 4), (1, 1, 1, 1, 1), (9, 3), (4, 3, 1)]
+@pytest.mark.slow
 @pytest.mark.parametrize('counts', COUNTS, ids=str)
 def test_partners_of_classes(counts):
     y = torch.repeat_interleave(torch.tensor([7, -3, 40, 2, 0][:len(counts)]), torch.tensor(counts))
@@ -158,15 +178,12 @@ def test_partners_of_classes(counts):
 @pytest.mark.parametrize('pairing', [DifferentClass, SameClass])
 def test_class_targets_of_other_shapes_and_types(pairing):
     y = torch.tensor([0, 1, 0, 1, 2, 2])
-    cb = SimpleNamespace(draws=SimpleNamespace(generator=None))
     for target in y, y[:,None], y.int(), y.to(torch.uint8), y.bool(), y.view(6, 1, 1):
-        cb.learn = SimpleNamespace(yb=(target,))
-        perm = pairing()(cb, 6)
+        perm = pairing()(Batch((), (target,), 6))
         flat = target.flatten()
         assert ((flat[perm] != flat) | (perm == torch.arange(6))).all() if pairing is DifferentClass else (flat[perm] == flat).all()
     for bad in (torch.randn(6),), (torch.zeros(6, 3, dtype=torch.long),), (), ('a',), (None,):
-        cb.learn = SimpleNamespace(yb=bad)
-        with pytest.raises(ValueError, match=f'pairing={pairing.__name__}.*class index'): pairing()(cb, 6)
+        with pytest.raises(ValueError, match=f'pairing={pairing.__name__}.*class index'): pairing()(Batch((), bad, 6))
 
 @pytest.mark.parametrize('name', METHODS)
 def test_one_class_only(name):
@@ -200,41 +217,46 @@ def kde(at, bandwidth):
 def test_near_targets_are_those_of_the_paper(dims, sigma, unit):
     at = torch.randn(12, dims, generator=torch.Generator().manual_seed(0))*unit + 3*unit
     bandwidth = sigma*at.double().var(0, correction=0).sum().sqrt().item()
-    torch.testing.assert_close(near_log_weights(at, sigma).softmax(1).double(), torch.tensor(kde(at.double().numpy(), bandwidth)), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(near_log_weights(at, sigma).softmax(1).double(), torch.tensor(kde(at.double().numpy(), bandwidth)),
+        atol=1e-5, rtol=1e-3)
 
-@pytest.mark.parametrize('shape,by', [((7,), None), ((7, 1), None), ((7, 2), None), ((7, 2, 3), None), ((7,), lambda learn: learn.xb[0]), ((7,), lambda learn: (learn.yb[0]*10).long())], ids=str)
+@pytest.mark.parametrize('shape,by', [((7,), None), ((7, 1), None), ((7, 2), None), ((7, 2, 3), None), ((7,), lambda learn: learn.xb[0]),
+    ((7,), lambda learn: (learn.yb[0]*10).long())], ids=['number', 'column', 'two', 'table', 'input', 'integer'])
 def test_near_targets_are_drawn_as_often_as_in_the_paper(shape, by):
     g = torch.Generator().manual_seed(0)
     y,x,n = torch.randn(shape, generator=g),torch.randn(7, 4, generator=g),3000
-    cb = SimpleNamespace(draws=SimpleNamespace(generator=g), learn=SimpleNamespace(yb=(y,), xb=(x,)))
-    met = sum(F.one_hot(NearTarget(.6, by)(cb, 7), 7) for _ in range(n))
-    at = (y if by is None else by(cb.learn)).reshape(7, -1).double()
+    batch = Batch((x,), (y,), 7, draws=Draws(g))
+    met = sum(F.one_hot(NearTarget(.6, by)(batch), 7) for _ in range(n))
+    at = (y if by is None else by(batch)).reshape(7, -1).double()
     p = kde(at.numpy(), .6*at.var(0, correction=0).sum().sqrt().item())
     for i in range(7):
         used = p[i]*n > 3
         assert not met[i][torch.tensor(p[i] < 1e-9)].any()
-        if used.sum() > 1: assert stats.chisquare(met[i].numpy()[used], p[i][used]/p[i][used].sum()*met[i].numpy()[used].sum()).pvalue > 1e-4
+        if used.sum() > 1:
+            assert stats.chisquare(met[i].numpy()[used], p[i][used]/p[i][used].sum()*met[i].numpy()[used].sum()).pvalue > 1e-4
 
-@pytest.mark.parametrize('at', [torch.zeros(5), torch.ones(5)*1e30, torch.tensor([0., 0, 0, 0, 1e6]), torch.arange(5.)*1e-30, torch.tensor([1., 1, 2, 2, 2])], ids=str)
+@pytest.mark.parametrize('at', [torch.zeros(5), torch.ones(5)*1e30, torch.tensor([0., 0, 0, 0, 1e6]), torch.arange(5.)*1e-30,
+    torch.tensor([1., 1, 2, 2, 2])], ids=str)
 @pytest.mark.parametrize('sigma', [1e-3, .5, 1e3])
 def test_near_targets_at_the_edges(at, sigma):
-    cb = SimpleNamespace(draws=SimpleNamespace(generator=None), learn=SimpleNamespace(yb=(at,)))
-    met = torch.stack([NearTarget(sigma)(cb, 5) for _ in range(50)])
+    met = torch.stack([NearTarget(sigma)(Batch((), (at,), 5)) for _ in range(50)])
     assert (met != torch.arange(5)).all() and (met >= 0).all() and (met < 5).all()
     if sigma < 1 and at[0] == 1 : assert (at[met] == at).all()
 
 def test_near_targets_far_from_zero():
     at = torch.arange(4.).double()[:,None] + 2.**30
-    cb = SimpleNamespace(draws=SimpleNamespace(generator=None), learn=SimpleNamespace(yb=(at,)))
-    met = torch.stack([NearTarget(.05)(cb, 4) for _ in range(20)])
+    met = torch.stack([NearTarget(.05)(Batch((), (at,), 4)) for _ in range(20)])
     assert ((met - torch.arange(4)).abs() == 1).all()
 
-@pytest.mark.parametrize('by', [lambda learn: learn.xb[0][:2], lambda learn: None, lambda learn: torch.tensor(1.), lambda learn: learn.xb[0].cfloat()], ids=['rows', 'none', 'scalar', 'complex'])
+@pytest.mark.parametrize('by', [lambda learn: learn.xb[0][:2], lambda learn: None, lambda learn: torch.tensor(1.),
+    lambda learn: learn.xb[0].cfloat()], ids=['rows', 'none', 'scalar', 'complex'])
 def test_what_cannot_be_near(by):
     with pytest.raises(ValueError, match='NearTarget.*row'): pages(MixUp(pairing=NearTarget(by=by)), NUMBERS, MSELossFlat())
 
-@pytest.mark.parametrize('make', [lambda: NearTarget(0), lambda: NearTarget('a'), lambda: NearTarget(by=3), lambda: MixUp(pairing='same'), lambda: MixUp(pairing=SameClass), lambda: RegMixUp(method=CutMix(), pairing=SameClass()),
-    lambda: ManifoldMixUp(pairing=PreviousBatch()), lambda: ManifoldMixUp(method=CutMix(pairing=PreviousBatch())), lambda: AlignMixUp(pairing=PreviousBatch()), lambda: RandomMix([MixUp(pairing=SameClass())], per='item')])
+@pytest.mark.parametrize('make', [lambda: NearTarget(0), lambda: NearTarget('a'), lambda: NearTarget(by=3), lambda: MixUp(pairing='same'),
+    lambda: MixUp(pairing=SameClass), lambda: RegMixUp(method=CutMix(), pairing=SameClass()),
+    lambda: ManifoldMixUp(pairing=PreviousBatch()), lambda: ManifoldMixUp(method=CutMix(pairing=PreviousBatch())),
+    lambda: AlignMixUp(pairing=PreviousBatch()), lambda: RandomMix([MixUp(pairing=SameClass())], per='item')])
 def test_what_makes_no_sense_is_refused(make):
     with pytest.raises((TypeError, ValueError), match='sigma|by|pairing'): make()
 
@@ -249,10 +271,10 @@ def test_classes_wait_for_no_device(f):
 def test_near_targets_wait_for_no_device():
     at = torch.zeros(9, 2, device='meta')
     assert near_log_weights(at, .5).shape == (9, 9)
-    cb = SimpleNamespace(draws=SimpleNamespace(generator=torch.Generator()), learn=SimpleNamespace(yb=(at,)))
-    assert NearTarget()(cb, 9).is_meta
+    assert NearTarget()(Batch((), (at,), 9)).is_meta
 
-@pytest.mark.parametrize('pairing', [DifferentClass, SameClass, PreviousBatch, lambda: NearTarget(by=by_class)], ids=['other', 'same', 'previous', 'near'])
+@pytest.mark.parametrize('pairing', [DifferentClass, SameClass, PreviousBatch, lambda: NearTarget(by=by_class)],
+    ids=['other', 'same', 'previous', 'near'])
 def test_own_stream(pairing):
     "Nothing is taken from torch's stream, and the same seed gives the same partners"
     def run():
@@ -311,7 +333,8 @@ class Words(Keeps):
         return self.head(x)
 
 EYE = torch.eye(N)
-INPUTS = dict(float=(EYE, Keeps), half=(EYE.half(), Keeps), bfloat=(EYE.bfloat16(), Keeps), double=(EYE.double(), Keeps), complex=(torch.complex(EYE, EYE), Keeps), tokens=(IDS[:,None].expand(N, 3).contiguous(), Words),
+INPUTS = dict(float=(EYE, Keeps), half=(EYE.half(), Keeps), bfloat=(EYE.bfloat16(), Keeps), double=(EYE.double(), Keeps),
+    complex=(torch.complex(EYE, EYE), Keeps), tokens=(IDS[:,None].expand(N, 3).contiguous(), Words),
     pictures=(pictures(), partial(Keeps, mean)), dict=(dict(a=EYE, b=[EYE*2]), partial(Keeps, lambda d: d['a'])))
 SPLITS = dict(even=(4, 4, 3), ones=(1,)*N, growing=(1, 2, 3, 5), shrinking=(5, 3, 2, 1))
 
@@ -370,7 +393,8 @@ def test_previous_batch_of_masks(cb, loss_func):
             self.given = plain(x).clone()
             return self.head(x.movedim(1, -1)).movedim(-1, 1)
     rows = IDS.split(BS)
-    for b,page in enumerate(previous([(pictures(size)[i], TensorMask(y[i])) for i in rows], cb(pairing=PreviousBatch()), Places(), loss_func)):
+    for b,page in enumerate(previous([(pictures(size)[i], TensorMask(y[i])) for i in rows], cb(pairing=PreviousBatch()), Places(),
+        loss_func)):
         if isinstance(cb, partial): want = sum(page.x[:,j,0,0].view(-1, 1, 1)*CE(page.pred, y[[j]*len(page.x)]) for j in range(N)).mean()
         else: want = F.cross_entropy(page.pred, y.gather(0, page.x.argmax(1)))
         close(page.loss, want, 1e-4)
@@ -404,10 +428,12 @@ def test_previous_batch_with_several_inputs_and_targets():
 @pytest.mark.parametrize('extra', [torch.ones(1, 2), torch.ones(2), torch.ones(2, 5)], ids=lambda o: str(tuple(o.shape)))
 def test_previous_batch_with_an_input_shared_by_all(extra):
     met = set()
-    seen = previous([(EYE[i], extra, OTHER[i]) for i in IDS.split(4)]*20, MixUp(1., pairing=PreviousBatch(), inputs=0), Keeps(), CrossEntropyLossFlat(), n_inp=2)
+    seen = previous([(EYE[i], extra, OTHER[i]) for i in IDS.split(4)]*20, MixUp(1., pairing=PreviousBatch(), inputs=0), Keeps(),
+        CrossEntropyLossFlat(), n_inp=2)
     for page in seen[1::3]: met |= set(partner(page.x, IDS[4:8]).tolist())
     assert met >= {0, 1, 2, 3}
 
+@pytest.mark.slow
 def test_previous_batch_partners_are_even():
     rows = IDS[:8].split(4)
     seen = previous([(EYE[i], OTHER[i]) for i in rows]*150, MixUp(1., pairing=PreviousBatch()), Keeps(), CrossEntropyLossFlat())
@@ -416,7 +442,8 @@ def test_previous_batch_partners_are_even():
 
 @pytest.mark.parametrize('second', [torch.randn(4, 6), torch.eye(N)[:4].double()], ids=['shape', 'dtype'])
 def test_previous_batch_of_another_shape(second):
-    with pytest.raises(ValueError, match='PreviousBatch.*same shape'): previous([(EYE[:4], OTHER[:4]), (second, OTHER[:4])], MixUp(pairing=PreviousBatch()), Keeps(), CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='PreviousBatch.*same shape'):
+        previous([(EYE[:4], OTHER[:4]), (second, OTHER[:4])], MixUp(pairing=PreviousBatch()), Keeps(), CrossEntropyLossFlat())
 
 @pytest.mark.parametrize('pairing', [PreviousBatch, DifferentClass, SameClass])
 def test_one_plan_for_an_epoch_has_no_pairing(pairing):
@@ -429,8 +456,11 @@ class Event(Callback):
         self.order = order
         setattr(self, at, lambda: f(self.learn))
 
-NESTED = dict(MixUp=partial(MixUp, 1.), CutMix=CutMix, reg=partial(RegMixUp, 2.), reg_method=lambda pairing: RegMixUp(method=CutMix(pairing=pairing)), random=lambda pairing: RandomMix([CutMix(pairing=pairing)]),
-    random_item=lambda pairing: RandomMix([CutMix()], per='item', pairing=pairing), twice=lambda pairing: RegMixUp(method=RandomMix([CutMix(pairing=pairing)])))
+NESTED = dict(MixUp=partial(MixUp, 1.), CutMix=CutMix, reg=partial(RegMixUp, 2.),
+    reg_method=lambda pairing: RegMixUp(method=CutMix(pairing=pairing)), random=lambda pairing: RandomMix([CutMix(pairing=pairing)]),
+    random_item=lambda pairing: RandomMix([CutMix()], per='item', pairing=pairing),
+    twice=lambda pairing: RegMixUp(method=RandomMix([CutMix(pairing=pairing)])))
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NESTED)
 @pytest.mark.parametrize('end', ['fit', 'cancelled', 'lr_find'])
 def test_memory_of_the_previous_batch_is_freed(name, end, request):
@@ -441,13 +471,15 @@ def test_memory_of_the_previous_batch_is_freed(name, end, request):
     class Fresh:
         def __iter__(self): return iter(data())
         def __len__(self): return 5
-    learn = Learner(DataLoaders(Fresh(), Fresh(), device='cpu'), Keeps(mean), CrossEntropyLossFlat(), SGD, cbs=[cb, note, *([Event('after_step', stop)] if end == 'cancelled' else [])])
+    learn = Learner(DataLoaders(Fresh(), Fresh(), device='cpu'), Keeps(mean), CrossEntropyLossFlat(), SGD,
+        cbs=[cb, note, *([Event('after_step', stop)] if end == 'cancelled' else [])])
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=4, stop_div=False, show_plot=False, suggest_funcs=()) if end == 'lr_find' else learn.fit(2)
     learn.xb = learn.yb = learn.pred = learn.dl = None
     gc.collect()
     assert refs and [r() for r in refs] == [None]*len(refs)
 
+@pytest.mark.slow
 def test_only_one_batch_is_remembered():
     alive,refs = [],[]
     def look(learn):
@@ -472,17 +504,20 @@ class Exports(Callback):
         self.learn.export('mid.pkl')
         self.sizes.append((self.learn.path/'mid.pkl').stat().st_size)
 
-EXPORTED = dict(MixUp=partial(MixUp, 1.), reg=partial(RegMixUp, 2.), method=lambda pairing: RegMixUp(method=MixUp(1., pairing=pairing)), by_item=lambda pairing: RandomMix([MixUp(1.)], per='item', pairing=pairing),
+EXPORTED = dict(MixUp=partial(MixUp, 1.), reg=partial(RegMixUp, 2.), method=lambda pairing: RegMixUp(method=MixUp(1., pairing=pairing)),
+    by_item=lambda pairing: RandomMix([MixUp(1.)], per='item', pairing=pairing),
                 by_batch=lambda pairing: RandomMix([MixUp(1., pairing=pairing)]))
 @pytest.mark.parametrize('name', EXPORTED)
 def test_previous_batch_is_not_exported(name, tmp_path):
-    dls = Datasets(list(range(12)), [[_big_item], [_item_class]], splits=(range(12), range(4))).dataloaders(bs=4, num_workers=0, device=torch.device('cpu'))
-    learn = Learner(dls, nn.Linear(50_000, 2), CrossEntropyLossFlat(), SGD, path=tmp_path, cbs=[EXPORTED[name](pairing=PreviousBatch()), exports := Exports()])
+    dls = Datasets(list(range(12)), [[_big_item], [_item_class]], splits=(range(12), range(4))).dataloaders(bs=4, num_workers=0,
+        device=torch.device('cpu'))
+    learn = Learner(dls, nn.Linear(50_000, 2), CrossEntropyLossFlat(), SGD, path=tmp_path,
+        cbs=[EXPORTED[name](pairing=PreviousBatch()), exports := Exports()])
     learn.export('before.pkl')
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert len(exports.sizes) == 3 and max(exports.sizes) < (tmp_path/'before.pkl').stat().st_size + 50_000
     again = load_learner(tmp_path/'mid.pkl')
-    assert any('PreviousBatch' in repr(vars(cb)) + repr(vars(getattr(cb, 'method', cb) or cb)) + repr([vars(m) for m in getattr(cb, 'methods', [])]) for cb in again.cbs)
+    assert any('PreviousBatch()' in repr(cb) for cb in again.cbs)
 
 def test_nothing_leaks_to_another_learner():
     cb,pairing = MixUp(1., pairing=PreviousBatch()),PreviousBatch()
@@ -493,7 +528,8 @@ def test_nothing_leaks_to_another_learner():
             o.learn.remove_cb(o)
             o.learn = None
     two = [MixUp(1., pairing=pairing) for _ in range(2)]
-    inner = lambda learn: previous([(EYE[i], OTHER[i]) for i in IDS.split(BS)], two[1], Keeps(), CrossEntropyLossFlat()) if learn.iter == 1 else None
+    inner = lambda learn: previous([(EYE[i], OTHER[i]) for i in IDS.split(BS)], two[1], Keeps(),
+        CrossEntropyLossFlat()) if learn.iter == 1 else None
     seen = previous([(EYE[i], OTHER[i]) for i in IDS.split(BS)], two[0], Keeps(), CrossEntropyLossFlat(), cbs=[Event('after_batch', inner)])
     check_previous(seen[2].x, [8, 9, 10], 3, [4, 5, 6, 7])
 
@@ -508,7 +544,8 @@ def test_interrupted_fit_forgets_at_the_next():
     def boom(learn):
         if learn.iter == 1: raise KeyboardInterrupt
     cb,stop = MixUp(1., pairing=PreviousBatch()),Event('after_step', boom)
-    with pytest.raises(KeyboardInterrupt): previous([(EYE[i], OTHER[i]) for i in IDS.split(BS)], cb, Keeps(), CrossEntropyLossFlat(), cbs=[stop])
+    with pytest.raises(KeyboardInterrupt):
+        previous([(EYE[i], OTHER[i]) for i in IDS.split(BS)], cb, Keeps(), CrossEntropyLossFlat(), cbs=[stop])
     learn = cb.learn
     learn.remove_cb(stop)
     with learn.no_logging(): learn.fit(1)
@@ -520,12 +557,14 @@ def test_previous_batch_that_the_model_wrote_into():
             out = super().forward(x.clone())
             x.mul_(-1)
             return out
-    seen = previous([(EYE[i].clone(), OTHER[i]) for i in IDS.split(BS)], MixUp(1., pairing=PreviousBatch()), Writes(), CrossEntropyLossFlat())
+    seen = previous([(EYE[i].clone(), OTHER[i]) for i in IDS.split(BS)], MixUp(1., pairing=PreviousBatch()), Writes(),
+        CrossEntropyLossFlat())
     check_previous(seen[1].x, [4, 5, 6, 7], 4, [0, 1, 2, 3])
 
 def test_gradients_accumulate_over_previous_batches():
     rows,grads = IDS.split(1),[]
-    seen = previous([(EYE[i], OTHER[i]) for i in rows], MixUp(1., pairing=PreviousBatch()), model := Keeps(), CrossEntropyLossFlat(), cbs=[GradientAccumulation(4), Event('before_step', lambda learn: grads.append(learn.model.head.weight.grad.clone()))])
+    seen = previous([(EYE[i], OTHER[i]) for i in rows], MixUp(1., pairing=PreviousBatch()), model := Keeps(), CrossEntropyLossFlat(),
+        cbs=[GradientAccumulation(4), Event('before_step', lambda learn: grads.append(learn.model.head.weight.grad.clone()))])
     weight,bias = model.head.weight.detach().clone().requires_grad_(),model.head.bias.detach()
     total = sum(mixed_losses(CE, OTHER)(p.x, F.linear(p.x, weight, bias), IDS) for p in seen[:4])/4
     close(grads[0], torch.autograd.grad(total, weight)[0], 1e-4)

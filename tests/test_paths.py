@@ -1,21 +1,24 @@
-"The path law by value: a place holds all that the prediction knows of the inputs, and what is mixed there is all that is mixed."
+"The path law by value: a layer holds all that the prediction knows of the inputs, and what is mixed there is all that is mixed."
 import random
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from fastai.basics import Callback, CancelBatchException, DataLoaders, Learner, SGD, Tensor, nn
+from apps import floats, layer_of, quiet
+from fastai.basics import SGD, Callback, CancelBatchException, DataLoaders, Learner, Tensor, nn
 from fastai.collab import EmbeddingDotBias
-
-from apps import floats, quiet
-from fastai_mixup.all import ManifoldMixUp
-from fastai_mixup.core import map_leaves
-from fastai_mixup.cuts import find_cuts
 from nets import BS, NETS, Checkpointed, Encoder, blocks, build, ragged, steady, text_classifier, tokens, vectors
 from paths import check_path, reset, run, same
 
-SMALL = 'resnet18 densenet121 googlenet deeplab unet timm_swin table awd_lstm language encoder lstm packed dicts twins tied checkpointed'.split()
+from fastai_mixup.all import ManifoldMixUp
+from fastai_mixup.layers.cuts import find_cuts
+from fastai_mixup.ops import map_leaves
+
+pytestmark = pytest.mark.slow
+
+SMALL = '''resnet18 densenet121 googlenet deeplab unet timm_swin table awd_lstm language encoder lstm packed
+    dicts twins tied checkpointed'''.split()
 
 def mix(acts, plan):
     "Each floating tensor of `acts` mixed along the one dimension whose size is that of the batch"
@@ -26,11 +29,11 @@ def mix(acts, plan):
         return lam*o + (1-lam)*o.index_select(dim, plan.index)
     return [map_leaves(mix_one, o) for o in acts]
 
-def check_mixed(model, xb, other, plan, place, pred):
-    "Is `pred` what the rest of the model makes of activations that are mixed at `place`?"
-    if place == 'input': return same(run(model, mix(xb, plan), model)[0], pred)
-    acts = run(model, xb, place.module)[1]
-    same(run(model, other, place.module, mix(acts, plan))[0], pred)
+def check_mixed(model, xb, other, plan, layer, pred):
+    "Is `pred` what the rest of the model makes of activations that are mixed at `layer`?"
+    if layer == 'input': return same(run(model, mix(xb, plan), model)[0], pred)
+    acts = run(model, xb, layer)[1]
+    same(run(model, other, layer, mix(acts, plan))[0], pred)
 
 class Watch(Callback):
     "Makes the model steady and keeps how each batch was mixed, and the prediction; nothing is learned"
@@ -41,7 +44,7 @@ class Watch(Callback):
         reset(self.model)
     def after_pred(self):
         cb = self.manifold_mix_up
-        if self.training: self.pages.append((cb.plan, cb.place, map_leaves(lambda o,_: o.detach(), self.pred)))
+        if self.training: self.pages.append((cb.plan, layer_of(cb), map_leaves(lambda o,_: o.detach(), self.pred)))
     def after_loss(self): raise CancelBatchException
 
 def loss(pred, y): return sum(o.mean() for o in floats(pred))*y.mean()
@@ -53,8 +56,9 @@ def learner(model, xb, *cbs, n=1, loss_func=loss, y=None):
     return quiet(Learner(dls, model, loss_func=loss_func, opt_func=SGD, cbs=cbs))
 
 def default_cuts(model, xb):
-    learn = learner(model, xb, cb := ManifoldMixUp())
-    return [c for c in cb.cuts if c.module in cb.layers] if cb.layers else []
+    learner(model, xb, cb := ManifoldMixUp())
+    layers = cb.layers
+    return [c for c in cb.found().cuts if c.module in layers]
 
 @pytest.mark.parametrize('name', NETS)
 def test_defaults_hold_all_that_the_prediction_knows(name):
@@ -80,14 +84,15 @@ def test_mixing_at_a_place_is_the_rest_of_the_model_on_mixed_activations(name):
     torch.manual_seed(0)
     learn.fit(1)
     steady(model)
-    assert {place.module for _,place,_ in watch.pages} == {c.module for c in cuts}
+    assert {layer for _,layer,_ in watch.pages} == {c.module for c in cuts}
     for page in watch.pages[-3:]: check_mixed(model, xb, other, *page)
 
 class Noisy(nn.Module):
     "Keeps state of all kinds, draws from all random streams, and can fail"
     def __init__(self, fails=False):
         super().__init__()
-        self.fails,self.calls,self.seen,self.hidden,self.a,self.norm,self.b = fails,0,{},[None],nn.Linear(8, 8),nn.BatchNorm1d(8),nn.Linear(8, 3)
+        self.fails,self.calls,self.seen,self.hidden,self.a,self.norm,self.b = fails,0,{},[None],nn.Linear(8,
+            8),nn.BatchNorm1d(8),nn.Linear(8, 3)
         self.register_buffer('last', torch.zeros(8))
         nn.utils.parametrizations.spectral_norm(self.a)
         self.norm.eval()
@@ -102,7 +107,8 @@ class Noisy(nn.Module):
 
 def state(model):
     "All that a forward pass could change"
-    own = {f'{n}.{k}': v[:] if isinstance(v, list) else v for n,m in model.named_modules() for k,v in vars(m).items() if not isinstance(v, dict)}
+    own = {f'{n}.{k}': v[:] if isinstance(v, list) else v for n,m in model.named_modules() for k,
+        v in vars(m).items() if not isinstance(v, dict)}
     dicts = {f'{n}.{k}': dict(v) for n,m in model.named_modules() for k,v in vars(m).items() if isinstance(v, dict)}
     grads = {n: p.grad for n,p in model.named_parameters()}
     values = {k: v.clone() for k,v in model.state_dict().items()}
@@ -114,7 +120,8 @@ def is_equal(a, b):
     if isinstance(a, (Tensor, np.ndarray)): return a is b or bool((a == b).all())
     return a is b or a == b
 
-STATES = {**{name: partial(build, name) for name in 'resnet18 googlenet unet awd_lstm language table packed checkpointed timm_swin'.split()},
+STATES = {**{name: partial(build, name) for name in 'resnet18 googlenet unet awd_lstm language table packed checkpointed timm_swin'.split(
+    )},
     'noisy': lambda: (Noisy().train(), *vectors()), 'failing': lambda: (Noisy(fails=True).train(), *vectors())}
 
 @pytest.mark.parametrize('name', STATES)
@@ -187,7 +194,7 @@ def test_no_cut_means_input_only(name):
     model,xb = (f() for f in UNCUT[name])
     learn = learner(model, xb, ManifoldMixUp(), watch := Watch(), n=5)
     with pytest.warns(UserWarning, match=f'{type(model).__name__} has no hidden layer.* mixes at its input only'): learn.fit(1)
-    assert {place for _,place,_ in watch.pages} == {'input'} and not learn.manifold_mix_up.layers
+    assert {layer for _,layer,_ in watch.pages} == {'input'} and not learn.manifold_mix_up.layers
 
 @pytest.mark.parametrize('name', UNCUT)
 def test_no_cut_and_no_input_is_an_error(name):
@@ -196,7 +203,8 @@ def test_no_cut_and_no_input_is_an_error(name):
 
 def test_layer_inside_a_residual_branch_is_refused():
     model,xb,_ = build('resnet18')
-    with pytest.raises(ValueError, match='would leave part of the signal unmixed'): learner(model, xb, ManifoldMixUp(layers='layer1.0.conv1')).fit(1)
+    with pytest.raises(ValueError, match='would leave part of the signal unmixed'):
+        learner(model, xb, ManifoldMixUp(layers='layer1.0.conv1')).fit(1)
 
 def chain(): return nn.Sequential(*blocks(), nn.Linear(8, 3))
 def mixed_at(layer): return ManifoldMixUp(layers=layer, include_input=False)

@@ -2,15 +2,14 @@
 import numpy as np
 import pytest
 import torch
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, SGD, nn
+from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn
 from mixup.methods import FMix as PeersFMix
 from scipy import stats
 from timm.data import Mixup as TimmMixup
 
 from fastai_mixup.all import *
-from fastai_mixup.masks import low_frequency_noise, top_mask
+from fastai_mixup.methods.fmix import low_frequency_noise, top_mask
 
-torch.set_num_threads(1)
 SIDE,N = 16,200
 
 def edge(masks):
@@ -31,7 +30,7 @@ def test_clouds_are_as_ragged_as_those_of_fmix(decay):
     torch.manual_seed(0)
     theirs = torch.stack([peers_mask(PeersFMix(1e4, decay_power=decay)) for _ in range(N)])
     share = theirs.mean((1,2))
-    def clouds(decay): return top_mask(low_frequency_noise(N, (SIDE, SIDE), decay, 1), share)
+    def clouds(decay): return top_mask(low_frequency_noise(N, (SIDE, SIDE), decay, 1), share).float()
     alike(edge(theirs), edge(clouds(decay)))
     with pytest.raises(AssertionError): alike(edge(theirs), edge(clouds(decay+1)))
 
@@ -49,7 +48,8 @@ def test_boxes_are_as_large_as_timms(kwargs, theirs):
     peer = TimmMixup(mixup_alpha=0., cutmix_alpha=1., mode='elem', num_classes=2, label_smoothing=0., **theirs)
     mixed = torch.cat([peer(own.clone(), torch.zeros(n, dtype=torch.long))[0].diagonal(dim1=0, dim2=1).permute(2, 0, 1) for _ in range(30)])
     masks = Masks()
-    learn = Learner(DataLoaders([(own, torch.arange(n))]*30, []), nn.Sequential(nn.Flatten(), nn.Linear(n*side**2, n)), CrossEntropyLossFlat(), SGD,
+    learn = Learner(DataLoaders([(own, torch.arange(n))]*30, []), nn.Sequential(nn.Flatten(), nn.Linear(n*side**2, n)),
+        CrossEntropyLossFlat(), SGD,
                     cbs=[CutMix(1., **kwargs), masks])
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
     ours = torch.cat(masks.seen)

@@ -6,23 +6,35 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, SGD, Tensor, nn
-from fastai.data.load import DataLoader
+from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, Tensor, nn
 from fastai.callback.progress import ProgressCallback
+from fastai.data.load import DataLoader
 from fastai.torch_core import set_seed
 from fastai.vision.core import TensorImage, TensorMask
 from scipy.optimize import linear_sum_assignment
+from test_methods import LABELS, LOSSES, SIZES, C, Losses, N, matrix, own_numbers
 from torch.nn.parallel import DistributedDataParallel
 
 from fastai_mixup.all import CutMix, GridMix, ManifoldMixUp, MixUp, RandomMix, ResizeMix
-from fastai_mixup.core import Plan
+from fastai_mixup.batch import Batch
+from fastai_mixup.methods.puzzlemix import (
+    PuzzleMix,
+    input_gradients,
+    mask_energy,
+    move_blocks,
+    puzzle_mask,
+    puzzle_plan,
+    smoothed,
+    solve_puzzle,
+    source_positions,
+    transport,
+    travel_cost,
+)
+from fastai_mixup.methods.regmixup import RegMixUp
 from fastai_mixup.pairing import PreviousBatch
-from fastai_mixup.puzzle import PuzzleMix, PuzzlePlan, input_gradients, mask_energy, move_blocks, puzzle_mask, smoothed, solve_puzzle, source_places, transport, travel_cost
-from fastai_mixup.regmixup import RegMixUp
-from test_methods import C, LABELS, LOSSES, N, SIZES, Losses, matrix, own_numbers
 
-torch.set_num_threads(1)
-PUZZLES = dict(plain=PuzzleMix, still=partial(PuzzleMix, travel=None), levels=partial(PuzzleMix, levels=4, grid=3), folded=partial(PuzzleMix, fold=True), fine=partial(PuzzleMix, grid=16, smooth=0))
+PUZZLES = dict(plain=PuzzleMix, still=partial(PuzzleMix, travel=None), levels=partial(PuzzleMix, levels=4, grid=3),
+    folded=partial(PuzzleMix, fold=True), fine=partial(PuzzleMix, grid=16, smooth=0))
 each_puzzle = pytest.mark.parametrize('make', PUZZLES.values(), ids=PUZZLES)
 
 class Weighed(nn.Module):
@@ -51,6 +63,7 @@ def trained(cb, size, y=LABELS, loss_func=None, n=4, places=False, x=None):
     assert model.calls == len(model.pages) == n
     return [(*page, loss) for page,loss in zip(model.pages, losses.seen)]
 
+@pytest.mark.slow
 @each_puzzle
 @pytest.mark.parametrize('size', SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize('loss', LOSSES)
@@ -71,23 +84,29 @@ def test_mask_of_a_batch_that_shares_lam():
 
 INSIDE = dict(item=lambda m: RandomMix([m, ResizeMix(), CutMix()], per='item'), alone=lambda m: RandomMix([m], [.6], per='item'),
               batch=lambda m: RandomMix([m, MixUp(1.)], per='batch'), doses=lambda m: RandomMix([m, MixUp(1.)], per='item'))
+@pytest.mark.slow
 @each_puzzle
 @pytest.mark.parametrize('inside', INSIDE.values(), ids=INSIDE)
 @pytest.mark.parametrize('loss', ['classes', 'own', 'tags'])
 def test_random_choice(make, inside, loss):
     loss_func,y,by_hand = LOSSES[loss]
-    for x,pred,got in trained(inside(make()), (7, 10), y, loss_func, n=4): torch.testing.assert_close(got, by_hand(pred, y, matrix(x)), atol=1e-4, rtol=1e-4)
+    for x,pred,got in trained(inside(make()), (7, 10), y, loss_func, n=4):
+        torch.testing.assert_close(got, by_hand(pred, y, matrix(x)), atol=1e-4, rtol=1e-4)
 
 def test_beside_the_clean_batch():
     for x,pred,got in trained(RegMixUp(method=PuzzleMix(), eta=.5), (7, 10)):
         M = matrix(torch.cat([x[N:]]))
         assert torch.equal(x[:N], own_numbers((7, 10))) and (M.diagonal() < 1).any()
-        torch.testing.assert_close(got, F.cross_entropy(pred[:N], LABELS) + .5*LOSSES['classes'][2](pred[N:], LABELS, M), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got, F.cross_entropy(pred[:N], LABELS) + .5*LOSSES['classes'][2](pred[N:], LABELS, M), atol=1e-4,
+            rtol=1e-4)
 
 def counted(*size): return torch.arange(N*math.prod(size)).view(N, 1, *size)
 
-@pytest.mark.parametrize('make,moves', [(PuzzleMix, True), (partial(PuzzleMix, travel=None), False), (partial(PuzzleMix, per='batch'), True),
-                                        (lambda: RandomMix([PuzzleMix(), GridMix()], per='item'), True), (lambda: RandomMix([PuzzleMix(travel=None), GridMix()], per='item'), False)],
+TWO_LEVELS = partial(PuzzleMix, levels=2, travel=.8)
+@pytest.mark.parametrize('make,moves', [(TWO_LEVELS, True), (partial(TWO_LEVELS, travel=None), False),
+    (partial(TWO_LEVELS, per='batch'), True),
+                                        (lambda: RandomMix([TWO_LEVELS(), GridMix()], per='item'), True),
+                                        (lambda: RandomMix([TWO_LEVELS(travel=None), GridMix()], per='item'), False)],
                          ids=['puzzle', 'still', 'batch', 'chosen', 'chosen_still'])
 @pytest.mark.parametrize('size', [(13,), (7, 10), (8, 16), (4, 5, 3)])
 def test_masks_move_with_their_pictures(make, moves, size):
@@ -106,7 +125,7 @@ def test_masks_move_with_their_pictures(make, moves, size):
 def test_whole_blocks_are_only_moved():
     "Nothing is lost, and nothing doubled, where blocks divide the sides"
     x,source = counted(8, 12).float(),torch.stack([torch.randperm(24) for _ in range(N)])
-    moved = move_blocks(x, source_places(source, (4, 6), (8, 12)))
+    moved = move_blocks(x, source_positions(source, (4, 6), (8, 12)))
     assert torch.equal(moved.flatten(1).sort(1)[0], x.flatten(1)) and not torch.equal(moved, x)
     blocks = lambda o: o.view(N, 4, 2, 6, 2).transpose(2, 3).flatten(3).flatten(1, 2)
     assert torch.equal(blocks(moved), blocks(x)[torch.arange(N)[:,None],source])
@@ -122,7 +141,8 @@ def test_a_bright_blob_is_not_hidden_by_a_blank():
     class Keep(Callback):
         order = 60
         def before_batch(self): seen.append((self.x, self.learn.puzzle_mix.plan.index))
-    learn = Learner(DataLoaders([(x, torch.zeros(N))]*10, []), Bright(), lambda pred,y: (pred-y).mean(), SGD, lr=0., cbs=[PuzzleMix(), Keep()])
+    learn = Learner(DataLoaders([(x, torch.zeros(N))]*10, []), Bright(), lambda pred,y: (pred-y).mean(), SGD, lr=0.,
+        cbs=[PuzzleMix(), Keep()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     full = x.flatten(1).sum(1)
     for mixed,perm in seen:
@@ -130,7 +150,8 @@ def test_a_bright_blob_is_not_hidden_by_a_blank():
         torch.testing.assert_close(mixed.flatten(1).sum(1)[alone], (full+full[perm])[alone])
 
 def test_two_blobs_in_one_place_are_both_shown():
-    own,other = torch.rand(50, 8, 8, generator=torch.Generator().manual_seed(0))/10,torch.rand(50, 8, 8, generator=torch.Generator().manual_seed(1))/10
+    own,other = torch.rand(50, 8, 8, generator=torch.Generator().manual_seed(0))/10,torch.rand(50, 8, 8,
+        generator=torch.Generator().manual_seed(1))/10
     own[:,3,4],other[:,3,4] = 40,20
     for travel,both in (.8, 1.), (None, 0.):
         mask,*sources = solve_puzzle(own, other, torch.full((50,), .4), travel=travel)
@@ -156,8 +177,10 @@ class Sensitive(nn.Module):
 
 class Clean(Callback):
     order = 40
-    def before_batch(self): self.learn.had_grads = [*getattr(self.learn, 'had_grads', []), *(p.grad for p in self.model.parameters() if p.grad is not None and p.grad.any())]
-    def after_pred(self): assert self.learn.loss_func is CLEAN_LOSS
+    def before_batch(self):
+        self.learn.had_grads = [*getattr(self.learn, 'had_grads', []),
+            *(p.grad for p in self.model.parameters() if p.grad is not None and p.grad.any())]
+    def after_epoch(self): assert self.learn.loss_func is CLEAN_LOSS
 
 CLEAN_LOSS = CrossEntropyLossFlat()
 def sensitive(*cbs):
@@ -175,7 +198,6 @@ def test_state_is_untouched():
     puzzled = puzzled.model
     assert puzzled.calls == plain.calls == 8 and puzzled.bn.num_batches_tracked == 8
     assert all(map(torch.equal, plain.kept, puzzled.kept))
-    numbers = [o[:,0,0,0] for o in puzzled.seen]
     assert not torch.equal(plain.seen[0], puzzled.seen[0])
     again = nn.BatchNorm2d(3)
     for x in puzzled.seen: again(x)
@@ -218,7 +240,8 @@ def test_gradients_of_awkward_models():
         torch.testing.assert_close(got, wanted)
     got, = gradients_of(plain, x, nn.CrossEntropyLoss(reduction='none'))
     torch.testing.assert_close(got, N*wanted)
-    assert gradients_of(Through(lambda x: x.detach()), x) == [] and gradients_of(Through(lambda x: x.detach()).requires_grad_(False), x) == []
+    assert gradients_of(Through(lambda x: x.detach()), x) == [] and gradients_of(Through(lambda x: x.detach()).requires_grad_(False),
+        x) == []
     assert torch.equal(x, kept) and not x.requires_grad and all(p.grad is None for p in plain.parameters())
 
 class Autocast(Callback):
@@ -234,7 +257,8 @@ def test_salience_is_taken_in_full_precision():
     def seen(x):
         dtypes.append((torch.is_autocast_enabled('cpu'), x.dtype))
         return x
-    learn = Learner(DataLoaders([(torch.randn(N, 1, 2, 2), LABELS)], []), Through(seen), CrossEntropyLossFlat(), cbs=[PuzzleMix(), Autocast()])
+    learn = Learner(DataLoaders([(torch.randn(N, 1, 2, 2), LABELS)], []), Through(seen), CrossEntropyLossFlat(),
+        cbs=[PuzzleMix(), Autocast()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert dtypes == [(False, torch.float32), (True, torch.float32)]
 
@@ -288,8 +312,10 @@ def test_partners_from_another_batch():
 
 def test_hidden_layers():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, C))
-    learn = Learner(DataLoaders([(torch.randn(N, 1, 12, 20), LABELS)]*8, []), model, CrossEntropyLossFlat(), SGD, cbs=ManifoldMixUp(method=PuzzleMix(), layers=['0', '1']))
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, C))
+    learn = Learner(DataLoaders([(torch.randn(N, 1, 12, 20), LABELS)]*8, []), model, CrossEntropyLossFlat(), SGD,
+        cbs=ManifoldMixUp(method=PuzzleMix(), layers=['0', '1']))
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -299,7 +325,8 @@ def test_pictures_keep_their_type():
         order = 8.5
         def before_batch(self): self.seen = self.x
     types = Types()
-    learn = Learner(DataLoaders([(x, LABELS)], []), Through(lambda x: x.as_subclass(Tensor)[:,0,:2,:2]), CrossEntropyLossFlat(), cbs=[PuzzleMix(), types])
+    learn = Learner(DataLoaders([(x, LABELS)], []), Through(lambda x: x.as_subclass(Tensor)[:,0,:2,:2]), CrossEntropyLossFlat(),
+        cbs=[PuzzleMix(), types])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert type(types.seen) is TensorImage and (types.seen.dtype, types.seen.shape) == (x.dtype, x.shape)
 
@@ -307,8 +334,10 @@ def test_pictures_keep_their_type():
 @pytest.mark.parametrize('levels', [2, 3])
 def test_any_precision(dtype, levels):
     s,x = salience(2, 4, 4),torch.randn(2, 3, 9, 8, dtype=dtype)
-    plan = PuzzlePlan(Plan(torch.full((2,), .5), 1), lambda size: solve_puzzle(s, s.flip(0), torch.full((2,), .5), levels))
-    mixed,wanted = plan.blend(x),plan.blend(torch.view_as_real(x).permute(0, 1, 4, 2, 3).flatten(1, 2) if dtype.is_complex else x.double())
+    lam = torch.full((2,), .5)
+    plan = puzzle_plan(Batch((x,), (torch.zeros(2),), 2), torch.tensor([1, 0]), lam, lambda size: solve_puzzle(s, s.flip(0), lam, levels),
+        True, levels)
+    mixed,wanted = plan.mix(x),plan.mix(torch.view_as_real(x).permute(0, 1, 4, 2, 3).flatten(1, 2) if dtype.is_complex else x.double())
     if dtype.is_complex: wanted = torch.view_as_complex(wanted.unflatten(1, (3, 2)).permute(0, 1, 3, 4, 2).contiguous())
     assert mixed.dtype == dtype
     torch.testing.assert_close(mixed, wanted.to(dtype))
@@ -334,7 +363,8 @@ def test_mask_of_several_levels_is_the_best_of_all():
     own,other = salience(40, 2, 3),salience(40, 2, 3, seed=1)
     def price(z, i):
         choose = torch.tensor([1., 2, 1])[(2*z).long()]
-        return mask_energy(z, (own-other)[i].expand_as(z), weight) - prior*(choose.log() + 2*z*lam[i].log() + 2*(1-z)*(1-lam[i]).log()).flatten(1).sum(1)
+        return mask_energy(z, (own-other)[i].expand_as(z), weight) - prior*(choose.log() + 2*z*lam[i].log()
+            + 2*(1-z)*(1-lam[i]).log()).flatten(1).sum(1)
     got = puzzle_mask(smoothed(own-other, weight), lam, levels, prior)
     for i in range(40): assert price(got[i:i+1], i) - price(masks, i).min() < 1e-3
     assert got.unique().tolist() == [0, .5, 1]
@@ -348,7 +378,8 @@ def test_transport_is_near_the_best(blocks, travel):
     assert torch.equal(source.sort(1)[0], torch.arange(whole).expand(n, -1))
     worth = shown.flatten(1)[:,None]*salient.flatten(1)[:,:,None] - travel*travel_cost(blocks)
     of = lambda s: worth[torch.arange(n)[:,None],s,torch.arange(whole)].sum(1)
-    best = torch.stack([of(torch.tensor(linear_sum_assignment(w.T.numpy(), maximize=True)[1]).expand(n, -1))[i] for i,w in enumerate(worth)])
+    best = torch.stack([of(torch.tensor(linear_sum_assignment(w.T.numpy(), maximize=True)[1]).expand(n, -1))[i] for i,
+        w in enumerate(worth)])
     stay = of(torch.arange(whole).expand(n, -1))
     assert (of(source) >= stay-1e-4).all() and (of(source) <= best+1e-3).all()
     assert (of(source)-stay).sum() > .85*(best-stay).sum()
@@ -361,14 +392,16 @@ def test_nothing_moves_for_nothing():
 def test_certain_shares():
     own,other = salience(2, 4, 4),salience(2, 4, 4, seed=1)
     mask,*sources = solve_puzzle(own, other, torch.tensor([0., 1.]))
-    assert torch.equal(mask.flatten(1).mean(1), torch.tensor([0., 1.])) and all(torch.equal(s, torch.arange(16).expand(2, -1)) for s in sources)
+    assert torch.equal(mask.flatten(1).mean(1), torch.tensor([0., 1.])) and all(torch.equal(s, torch.arange(16).expand(2, -1))
+        for s in sources)
 
 def test_gradients_that_are_no_numbers_leave_whole_pictures():
     bad = torch.full((N, 4, 4), torch.nan)
     mask,own,other = solve_puzzle(bad, bad, torch.full((N,), .5))
     assert mask.isfinite().all() and all(torch.equal(s.sort(1)[0], torch.arange(16).expand(N, -1)) for s in (own, other))
 
-@pytest.mark.parametrize('kwargs', [dict(grid='8'), dict(grid=65), dict(levels=2.5), dict(levels=True), dict(prior='strong'), dict(prior=float('nan')), dict(smooth=None),
+@pytest.mark.parametrize('kwargs', [dict(grid='8'), dict(grid=65), dict(levels=2.5), dict(levels=True), dict(prior='strong'),
+    dict(prior=float('nan')), dict(smooth=None),
                                     dict(smooth=101), dict(travel='far'), dict(travel=-.1), dict(alpha=-1), dict(fold=None)])
 def test_bad_parameters_are_refused(kwargs):
     with pytest.raises((TypeError, ValueError), match=f'{next(iter(kwargs))} must be'): PuzzleMix(**kwargs)
@@ -376,4 +409,4 @@ def test_bad_parameters_are_refused(kwargs):
 @pytest.mark.parametrize('x', [torch.randn(N, 5), torch.randint(9, (N, 5))], ids=['table', 'words'])
 @pytest.mark.parametrize('inside', [lambda m: m, lambda m: RandomMix([m]), lambda m: RegMixUp(method=m)])
 def test_what_has_no_places_is_refused(x, inside):
-    with pytest.raises(ValueError, match='PuzzleMix needs items with places.*`MixUp`'): trained(inside(PuzzleMix()), (1,), x=x)
+    with pytest.raises(ValueError, match='PuzzleMix needs inputs with spatial dimensions.*`MixUp`'): trained(inside(PuzzleMix()), (1,), x=x)

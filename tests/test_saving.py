@@ -6,12 +6,13 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
+from life import KINDS, At, Net, check, each_kind, learner, mixer, quiet
 
 from fastai_mixup.all import ManifoldMixUp, MixUp
-from life import At, KINDS, Net, alone, check, each_kind, learner, mixer, quiet, real
 
 def interrupt(learn): raise KeyboardInterrupt
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize('when', ['fit', 'after_epoch', 'after_batch', 'before_batch', 'after_pred', 'after_loss'])
 def test_export(when, kind, real):

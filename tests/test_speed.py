@@ -69,14 +69,17 @@ def waits(call):
     return (func.overloadpacket is torch.ops.aten._local_scalar_dense and 'meta' in came) or (moved and not kwargs.get('non_blocking'))
 
 STEPS = dict(
-    classes=partial(watched, MixUp(.4)), torchs=partial(watched, MixUp(.4), nn.CrossEntropyLoss()), function=partial(watched, MixUp(.4), F.cross_entropy),
+    classes=partial(watched, MixUp(.4)), torchs=partial(watched, MixUp(.4), nn.CrossEntropyLoss()),
+    function=partial(watched, MixUp(.4), F.cross_entropy),
     ignoring=partial(watched, MixUp(.4), CrossEntropyLossFlat(ignore_index=2)), per_batch=partial(watched, MixUp(.4, per='batch')),
-    smoothed=partial(watched, MixUp(.4), LabelSmoothingCE(.1)), smoothed_only=partial(watched, None, LabelSmoothingCE(.1)), own=partial(watched, MixUp(.4), own),
+    smoothed=partial(watched, MixUp(.4), LabelSmoothingCE(.1)), smoothed_only=partial(watched, None, LabelSmoothingCE(.1)),
+    own=partial(watched, MixUp(.4), own),
     numbers=partial(watched, MixUp(.4), MSELossFlat(), y=lambda bs: torch.randn(bs, CLASSES)),
     tags=partial(watched, MixUp(.4), BCEWithLogitsLossFlat(), y=lambda bs: torch.randint(2, (bs, CLASSES))),
     images=partial(watched, MixUp(.4), x=lambda bs: TensorImage(vectors(bs))), some=partial(watched, MixUp(.4, p=.5)),
     words=partial(watched, MixUp(.4), model=tokens, x=lambda bs: torch.randint(9, (bs, 3))),
-    hidden=partial(watched, ManifoldMixUp(.4, layers='0', include_input=False)), anywhere=partial(watched, ManifoldMixUp(.4, layers=['0', '1']), n=12),
+    hidden=partial(watched, ManifoldMixUp(.4, layers='0', include_input=False)),
+    anywhere=partial(watched, ManifoldMixUp(.4, layers=['0', '1']), n=12),
     output=partial(watched, ManifoldMixUp(.4, layers='output')))
 
 @pytest.mark.parametrize('name', STEPS)
@@ -92,20 +95,25 @@ def test_waiting_is_seen():
     assert all(any(waits(call) for call in calls) for calls in fastais)
     with pytest.raises((RuntimeError, NotImplementedError), match='meta'): watched(MixUp(.4), lambda p,y: own(p, y) * float(p.sum()))
 
+@pytest.mark.slow
 def test_lam_travels_for_many_batches_at_once():
     copies = [sum('cpu' in came and 'meta' in went for _,came,went,_ in calls) for calls in watched(MixUp(.4), n=127)]
     assert sum(copies) == 7 and copies[0] == 1
 
-VIEWS = 'view t transpose unsqueeze squeeze expand select slice split detach alias unbind permute as_strided empty _unsafe_view narrow _reshape_alias scalar_tensor'.split()
+VIEWS = '''view t transpose unsqueeze squeeze expand select slice split detach alias unbind permute as_strided empty _unsafe_view narrow
+    _reshape_alias scalar_tensor'''.split()
 def kernels(calls):
     "Calls that make the device do something"
-    return sum('meta' in came | went and func.overloadpacket.__name__.removesuffix('_copy') not in (*VIEWS, 'split_with_sizes', 'empty_like')
+    return sum('meta' in came | went and func.overloadpacket.__name__.removesuffix('_copy') not in (*VIEWS, 'split_with_sizes',
+        'empty_like')
                for func,came,went,_ in calls)
 
-def extra(cb, loss_func=None, **kwargs): return kernels(watched(cb, loss_func, **kwargs)[-2]) - kernels(watched(None, loss_func, **kwargs)[-2])
+def extra(cb, loss_func=None, **kwargs):
+    return kernels(watched(cb, loss_func, **kwargs)[-2]) - kernels(watched(None, loss_func, **kwargs)[-2])
 
 @pytest.mark.parametrize('cb,loss_func,most', [
-    (lambda: MixUp(.4), None, 26), (lambda: MixUp(.4), LabelSmoothingCE(.1), 6), (lambda: ManifoldMixUp(.4, layers='0', include_input=False), None, 30)],
+    (lambda: MixUp(.4), None, 26), (lambda: MixUp(.4), LabelSmoothingCE(.1), 6),
+    (lambda: ManifoldMixUp(.4, layers='0', include_input=False), None, 30)],
     ids=['inputs', 'smoothed', 'hidden'])
 @pytest.mark.parametrize('bs', [4, 32])
 def test_few_kernels_whatever_the_size(cb, loss_func, most, bs): assert extra(cb(), loss_func, bs=bs) <= most
@@ -126,7 +134,7 @@ def compiled_losses(cb, compile_it, n=50):
     torch._dynamo.reset()
     torch.manual_seed(0)
     x = TensorImage(torch.randn(BS, 1, 8, 8))
-    counter,model,losses = CompileCounterWithBackend('eager' if compile_it != 'inductor' else 'inductor'),Net(),[]
+    counter,model = CompileCounterWithBackend('eager' if compile_it != 'inductor' else 'inductor'),Net()
     if compile_it == 'in place': model.compile(backend=counter)
     elif compile_it == 'part': model.net.compile(backend=counter)
     elif compile_it: model = torch.compile(model, backend=counter)
@@ -136,6 +144,7 @@ def compiled_losses(cb, compile_it, n=50):
 
 has_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a compiler')
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['wrapped', 'in place', 'part', pytest.param('inductor', marks=has_compiler)])
 def test_compiled_once(how):
     plain,_ = compiled_losses(MixUp(1.), None)
@@ -147,7 +156,8 @@ def test_refused_compiled():
     words = DataLoaders([(torch.randint(9, (BS, 3)), labels())], [])
     for model in torch.compile(tokens(), backend='eager'), tokens():
         if not hasattr(model, '_orig_mod'): model.compile(backend='eager')
-        with pytest.raises(ValueError, match="Input 'input' holds integers.*compiled|Input 0 holds integers.*compiled|holds integers.*compiled"):
+        with pytest.raises(ValueError,
+            match="Input 'input' holds integers.*compiled|Input 0 holds integers.*compiled|holds integers.*compiled"):
             Learner(words, model, CrossEntropyLossFlat(), cbs=MixUp()).fit(1)
     part = tokens()
     part[0] = torch.compile(part[0], backend='eager')
@@ -161,6 +171,7 @@ def test_refused_compiled():
 
 def peak_of(batch, logits, cb, loss_func=None): return peak(bench.learner(batch, bench.GivenPredictions(logits), cb, loss_func, batches=4))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n,width', [(64, 300), (1024, 100), (16384, 40)])
 def test_memory_of_what_is_drawn_ahead(n, width):
     batch,logits = (torch.randn(n, width), torch.randint(3, (n,))),torch.randn(n, 3)
@@ -172,16 +183,20 @@ def test_memory_of_the_inputs():
     extra = (peak_of(batch, logits, MixUp()) - peak_of(batch, logits, None)) / batch[0].nbytes
     assert .9 < extra < 1.1
 
-@pytest.mark.parametrize('loss_func,plain', [(CrossEntropyLossFlat(), CrossEntropyLossFlat()), (LabelSmoothingCE(.1), nn.CrossEntropyLoss(label_smoothing=.1))])
+@pytest.mark.parametrize('loss_func,plain', [(CrossEntropyLossFlat(), CrossEntropyLossFlat()),
+    (LabelSmoothingCE(.1), nn.CrossEntropyLoss(label_smoothing=.1))])
 def test_memory_of_the_loss(loss_func, plain):
     batch,logits = (torch.randn(32, 1), torch.randint(5000, (32,))),torch.randn(32, 5000)
     ours,theirs = (peak_of(batch, logits, cb, lf)/logits.nbytes for cb,lf in ((MixUp(), loss_func), (None, plain)))
     assert ours < 1.1 < theirs
 
-SMALL = dict(inputs='4x3x8x8', losses='8x20', smoothing='8x20', hidden='4x3x8', steps='4x3x32x32', memory=None, methods='4x3x8x8', ranks='4x3x32x32')
+SMALL = dict(inputs='4x3x8x8', losses='8x20', smoothing='8x20', hidden='4x3x8', steps='4x3x32x32', memory=None, methods='4x3x8x8',
+    ranks='4x3x32x32')
 def script(name, *args):
-    return subprocess.run([sys.executable, '-W', 'ignore', BENCHMARKS/f'{name}.py', *args], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([sys.executable, '-W', 'ignore', BENCHMARKS/f'{name}.py', *args], capture_output=True, text=True,
+        check=True).stdout
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALL)
 def test_benchmarks_run(name, tmp_path):
     sizes = ['--sizes', SMALL[name]] if SMALL[name] else []

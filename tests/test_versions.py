@@ -44,7 +44,8 @@ def is_oldest(row, pins): return all(number(row[p]) == number(v) for p,v in pins
 def test_the_oldest_pins_are_the_lower_bounds(claimed, pins):
     bounds = named(claimed['requirements'].split(), '>=')
     assert set(pins) == {*bounds, 'torchvision'}
-    for package,bound in bounds.items(): assert number(pins[package])[:len(number(bound))] == number(bound) and not any(number(pins[package])[len(number(bound)):])
+    for package,bound in bounds.items():
+        assert number(pins[package])[:len(number(bound))] == number(bound) and not any(number(pins[package])[len(number(bound)):])
 
 
 def test_the_workflow_runs_every_python_and_the_oldest_row(script, claimed):

@@ -10,16 +10,23 @@ from fastai.basics import Callback, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'compatibility'))
 import check as zoo
+
 from fastai_mixup.all import ManifoldMixUp, MixUp
-from fastai_mixup.cuts import Cut
-from models import N, ZOO, Entry, floats
+from fastai_mixup.batch import Method
+from fastai_mixup.callback import MixCallback
+from fastai_mixup.layers.cuts import Cut
+from fastai_mixup.layers.hidden import RandomLayer
+from models import ZOO, Entry, floats
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 
-CHOICE = {'timm': ['eva02_tiny_patch14_224', 'deit_tiny_distilled_patch16_224', 'mobilenetv3_small_050'], 'torchvision': ['lraspp_mobilenet_v3_large', 'shufflenet_v2_x0_5'],
-    'transformers': ['BertForSequenceClassification, ModelOutput', 'BertForTokenClassification', *(f'{kind}ForSequenceClassification' for kind in 'DistilBert Roberta Albert GPT2 T5 Bart Llama Wav2Vec2'.split()),
+CHOICE = {'timm': ['eva02_tiny_patch14_224', 'deit_tiny_distilled_patch16_224', 'mobilenetv3_small_050'],
+    'torchvision': ['lraspp_mobilenet_v3_large', 'shufflenet_v2_x0_5'],
+    'transformers': ['BertForSequenceClassification, ModelOutput', 'BertForTokenClassification',
+    *(f'{kind}ForSequenceClassification' for kind in 'DistilBert Roberta Albert GPT2 T5 Bart Llama Wav2Vec2'.split()),
                      'SegformerForSemanticSegmentation', 'WhisperForAudioClassification'],
-    'tsai': ['InceptionTimePlus, ts_learner', 'TST, ts_learner'], 'fastMONAI': ['MedImage, monai resnet10'], 'fasterai': ['resnet18, SparsifyCallback']}
+    'tsai': ['InceptionTimePlus, ts_learner', 'TST, ts_learner'], 'fastMONAI': ['MedImage, monai resnet10'],
+    'fasterai': ['resnet18, SparsifyCallback']}
 FOUND = {(e.library, e.name): e for e in ZOO}
 
 @pytest.mark.parametrize('cb', zoo.CALLBACKS)
@@ -57,24 +64,31 @@ class Stub(Callback):
 
 class Elsewhere(ManifoldMixUp):
     "Mixes hidden layers by other shares than it says"
-    def at_layer(self, plan):
-        plan = copy(plan)
-        plan.lam = 1 - (1-plan.lam)/2
-        return plan
+    class make_layer(RandomLayer):
+        def change(self, plan):
+            plan = copy(plan)
+            plan.lam = 1 - (1-plan.lam)/2
+            return plan
 
 class InsideBranch(ManifoldMixUp):
     "Mixes a layer that a part of the signal goes past"
-    def choose(self, cuts, holds): return [Cut('b', self.learn.model.b, [{(): 0}], ('bs', 8), .5)]
+    class make_layer(RandomLayer):
+        def find(self, cb, learn, xb, n):
+            self.branch = learn.model.b
+            super().find(cb, learn, xb, n)
+        def choose(self, cuts, holds): return [Cut('b', self.branch, [{(): 0}], ('bs', 8), .5)]
 
-class Crashing(MixUp):
-    def mix(self): raise ZeroDivisionError('of its own')
+class Crashes(Method):
+    def plan(self, batch, perm): raise ZeroDivisionError('of its own')
 
-class Never(MixUp):
-    def _next_plan(self): return None
+class Mixes(Method):
+    def plan(self, batch, perm): return None
 
-WRONG = dict(loss=(lambda: Stub(.7, .6), 'not close'), three=(lambda: Stub(.7, .7, three=True), 'no row is the average of two'), partner=(lambda: Stub(.2, .2), 'shares outside'),
-    unmixed_input=(lambda: Stub(1., .7), 'not close'), hidden=(Elsewhere, 'not close'), path=(InsideBranch, 'depends on inputs past the layer'), crash=(Crashing, 'ZeroDivisionError'),
-    never=(Never, 'not all places were mixed'))
+WRONG = dict(loss=(lambda: Stub(.7, .6), 'not close'), three=(lambda: Stub(.7, .7, three=True), 'no row is the average of two'),
+    partner=(lambda: Stub(.2, .2), 'shares outside'),
+    unmixed_input=(lambda: Stub(1., .7), 'not close'), hidden=(Elsewhere, 'not close'),
+    path=(InsideBranch, 'depends on inputs past the layer'), crash=(lambda: MixCallback(Crashes()), 'ZeroDivisionError'),
+    never=(lambda: MixCallback(Mixes()), 'not all layers were mixed'))
 
 @pytest.mark.parametrize('name', WRONG)
 def test_what_is_wrong_is_found(name):
