@@ -73,7 +73,7 @@ class MixedBatch:
             "mixed. Assign the tensors to `learn.xb` before the model is called, or take the loss by a loss function of your own.")
         return self.mixed_loss(loss_func, pred, yb, len(self.batch.yb))
 
-# %% ../nbs/api/20_callback.ipynb #296eb050
+# %% ../nbs/api/20_callback.ipynb #5d572755
 @patch
 def mixed_loss(self:MixedBatch, loss_func, pred, yb, n_own):
     "The mixed loss of what the model predicts from mixed items; the first `n_own` targets are mixed"
@@ -83,6 +83,17 @@ def mixed_loss(self:MixedBatch, loss_func, pred, yb, n_own):
     if rest: spec = LossSpec(lambda pred,*yb: loss_func(pred, *yb, *rest), 'whole', False)
     return mixed_loss(spec, pred, yb[:n_own], self.plan, self.cb.targets)
 
+# %% ../nbs/api/20_callback.ipynb #d5e92b3b
+@patch
+def loss_put_in_place(self:MixedBatch, loss_func, pred, yb):
+    "The mixed loss of another callback's loss function, which may itself call the mixed one that was there before"
+    before,self.taken = self.taken,False
+    loss = loss_func(pred, *yb)
+    if self.taken: return loss
+    self.taken = before
+    return self.loss(loss_func, pred, yb)
+
+# %% ../nbs/api/20_callback.ipynb #7bd9718c
 @patch
 @plainly
 def determine_labels(self:MixedBatch, pred):
@@ -321,7 +332,7 @@ def _wrap_loss(self:MixCallback):
     learn = self.running.learn
     learn.loss_func = MixedLoss(user_loss(learn.loss_func), self.running.loss)
 
-# %% ../nbs/api/20_callback.ipynb #2002cc97
+# %% ../nbs/api/20_callback.ipynb #524394a9
 @patch
 def _batch(self:MixCallback, forward):
     "What methods may know of the running batch"
@@ -330,9 +341,9 @@ def _batch(self:MixCallback, forward):
     if fit.inputs is None:
         fit.inputs = InputMixer(learn.model, learn.xb, self.inputs, self.layout)
         fit.inputs.check_no_labels(learn.xb, learn.yb, n)
-    mixes_losses = 'losses' in (self.targets or ()) or any(not is_number(y) for y in tensors(learn.yb))
+    shared = not per_item and ('losses' in (self.targets or ()) or any(not is_number(y) for y in tensors(learn.yb)))
     pct,epoch = (0., 0) if fit.is_finding else (getattr(learn, 'pct_train', 0.), getattr(learn, 'epoch', 0))
-    batch = Batch(learn.xb, learn.yb, n, device, pct, epoch, mixes_losses and not per_item, per_item, fit.draws, fit.memory, fit.inputs)
+    batch = Batch(learn.xb, learn.yb, n, device, pct, epoch, shared, per_item, fit.draws, fit.memory, fit.inputs)
     if self.recipe.needs_model: batch.model,batch.loss_func,batch.forward = learn.model,user_loss(learn.loss_func),forward
     return batch
 
@@ -361,11 +372,13 @@ def _carries_state(self:MixCallback):
 @cache
 def _is_of_a_language_model(loader): return any(c.__name__ == 'LMDataLoader' for c in loader.__mro__)
 
-# %% ../nbs/api/20_callback.ipynb #f870aa3a
+# %% ../nbs/api/20_callback.ipynb #dc6be03c
 @patch
 def after_pred(self:MixCallback):
     "Take the mixed loss of a loss function that another callback has put in place"
-    if self.running is not None and type(self.running.learn.loss_func) is not MixedLoss: self._wrap_loss()
+    if self.running is None or type(self.running.learn.loss_func) is MixedLoss: return
+    learn = self.running.learn
+    learn.loss_func = MixedLoss(learn.loss_func, self.running.loss_put_in_place)
 
 @patch
 def after_loss(self:MixCallback):
@@ -381,7 +394,7 @@ def _check_taken(self:MixCallback):
         "The batch is mixed, but its loss was not taken by `learn.loss_func(pred, *yb)`. A Learner that takes its loss in another way "
         "cannot be mixed.")
 
-# %% ../nbs/api/20_callback.ipynb #58b5aa02
+# %% ../nbs/api/20_callback.ipynb #81c675b1
 @patch
 def after_backward(self:MixCallback):
     "From here on, a call of a layer is no repetition"
@@ -402,6 +415,7 @@ def after_batch(self:MixCallback):
 def after_fit(self:MixCallback):
     "Free the memory; a validation, which sends this too, has begun no fit"
     self._end_by_hand()
+    self.learn.loss_func = user_loss(self.learn.loss_func) # another callback may have kept the mixed one of a batch
     if not self.begins: self.fit = None
     self.begins = False
 
@@ -432,12 +446,13 @@ def __init_subclass__(cls:MixCallback, method=None, **kwargs):
     for o in fields(method):
         if not hasattr(cls, o.name): setattr(cls, o.name, _part_of(lambda self: self.recipe.method, o.name))
 
-# %% ../nbs/api/20_callback.ipynb #e88cd34b
+# %% ../nbs/api/20_callback.ipynb #6f473ef7
 @patch
 def argument(self:MixCallback, name):
     "The value of a parameter now"
     if name in self.own: return self.own[name]
-    return getattr(self.recipe.method, name) if name in {o.name for o in fields(self.recipe.method)} else getattr(self, name)
+    method = self.recipe.method
+    return getattr(method if not isinstance(method, Recipe) and name in {o.name for o in fields(method)} else self, name)
 
 @patch
 def __repr__(self:MixCallback):

@@ -31,12 +31,12 @@ def map_leaves(f:callable, o, path:tuple=()):
     for k,v in o.items(): res[k] = map_leaves(f, v, (*path, k))
     return res
 
-# %% ../nbs/api/02_ops.ipynb #4522b08c
+# %% ../nbs/api/02_ops.ipynb #b3b1f892
 def leaves(o, path:tuple=())->list:
     "All leaves of nested tuples, lists and mappings with their paths, as (leaf, path) pairs"
     if isinstance(o, Tensor) or not isinstance(o, (tuple, list, Mapping)): return [(o, path)]
     items = o.items() if isinstance(o, Mapping) else enumerate(o)
-    return [leaf for k,v in items for leaf in leaves(v, (*path, k))]
+    return [leaf for k,v in items for leaf in ([(v, (*path, k))] if isinstance(v, Tensor) else leaves(v, (*path, k)))]
 
 def tensors(o): return [x for x,_ in leaves(o) if isinstance(x, Tensor)]
 def is_number(x): return x.is_floating_point() or x.is_complex()

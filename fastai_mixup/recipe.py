@@ -145,10 +145,12 @@ def check_perm(pairing, perm, n):
         f"pairing={pairing!r} must return indices from 0 to {n-1}, got {perm.tolist()}")
     return perm
 
-# %% ../nbs/api/16_recipe.ipynb #c607fa3e
+# %% ../nbs/api/16_recipe.ipynb #e88c01f5
 def as_code(value):
     "`value` as code, as far as that is possible"
     if isinstance(value, bool) or not isinstance(value, (Real, torch.Generator, list)) and not callable(value): return repr(value)
+    if isinstance(value, Integral): return repr(int(value))
+    if isinstance(value, type) and value.__module__.startswith('torch.nn'): return f'nn.{value.__name__}'
     if isinstance(value, Real): return f'{value:g}' if float(f'{value:g}') == value else repr(value)
     if isinstance(value, torch.Generator): return f'torch.Generator().manual_seed({value.initial_seed()})'
     if isinstance(value, list): return f"[{', '.join(map(as_code, value))}]"
@@ -156,11 +158,15 @@ def as_code(value):
         return f"{snake2camel(value.f.__name__)}({as_code(value.start)}, {as_code(value.end)})"
     return getattr(value, '__name__', None) or repr(value)
 
-# %% ../nbs/api/16_recipe.ipynb #c2da555a
+# %% ../nbs/api/16_recipe.ipynb #f0838ac5
 def shown_arguments(given:dict, defaults:dict)->str:
     "`alpha`, and what differs from its default, as arguments"
-    def is_default(name, value): return value is defaults.get(name) or (not isinstance(value, Tensor) and value == defaults.get(name))
-    return ', '.join(f'{name}={as_code(value)}' for name,value in given.items() if name == 'alpha' or not is_default(name, value))
+    def is_default(name, value):
+        default = defaults.get(name)
+        if name == 'stop' and type(value) is not type(default): return False # one epoch is not 1., the whole fit
+        return value is default or (not isinstance(value, Tensor) and value == default)
+    def code(name, value): return repr(value) if name in ('start', 'stop') else as_code(value)
+    return ', '.join(f'{name}={code(name, value)}' for name,value in given.items() if name == 'alpha' or not is_default(name, value))
 
 @patch
 def __repr__(self:Recipe):

@@ -131,6 +131,23 @@ def test_repr_shows_what_was_given(make, kwargs):
     if repr(make()).endswith(')') and name == 'per' and isinstance(make(), RandomMix): return
     assert f'{name}=' in shown and (not callable(value) or 'DifferentClass()' in shown or 'squared' in shown)
 
+@pytest.mark.parametrize('kwargs', [dict(p=.5), dict(stop=1), dict(stop=1.), dict(stop=0), dict(start=1), dict(start=1.), dict(start=0.),
+    dict(start=1_000_000), dict(start=.5), dict(per='batch')], ids=str)
+@pytest.mark.parametrize('make', [MixUp, lambda **kw: ManifoldMixUp(method=MixUp(.3), **kw),
+    lambda **kw: RegMixUp(method=CutMix(p=.25), **kw), lambda **kw: RandomMix([MixUp(start=2), CutMix(p=.5)], **kw)])
+def test_what_is_pasted_is_the_same(make, kwargs):
+    "Also where one callback is given to another"
+    cb = make(**kwargs)
+    again = eval(repr(cb))
+    for name in 'p','start','stop','per':
+        for a,b in zip([cb.recipe, *cb.recipe.recipes], [again.recipe, *again.recipe.recipes]):
+            ours,theirs = getattr(a, name),getattr(b, name)
+            assert ours == theirs and (type(ours) is type(theirs) or ours == 0)
+
+def test_pairing_of_the_method_inside():
+    cb = ManifoldMixUp(method=MixUp(pairing=SameClass()))
+    assert repr(eval(repr(cb)).recipe.method.pairing) == 'SameClass()'
+
 def test_pairings_show_all_that_was_given():
     def near(batch): return batch.yb[0]
     assert repr(NearTarget(.2, by=near)) == 'NearTarget(sigma=0.2, by=near)' and repr(ReMix(2, .3,

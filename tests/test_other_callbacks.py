@@ -17,6 +17,7 @@ from fastai.callback.all import (
     ShortEpochCallback,
     TerminateOnNaNCallback,
 )
+from fastai.callback.core import Callback
 from fastai.callback.rnn import ModelResetter
 from life import BS, At, N, Net, batches, check, each_kind, hooks, learner, mixer
 
@@ -141,3 +142,47 @@ def test_what_is_kept_of_a_batch_stays_as_it_was(kind):
     learn = learner(kind, At('after_pred', keep))
     learn.fit(2)
     for view,was in kept: assert torch.equal(torch.as_tensor(view), was)
+
+class Wrapping(Callback):
+    "Calls the loss function that it finds by one of its own, for the batch"
+    run_valid = False
+    def __init__(self, order): self.order = order
+    def before_batch(self):
+        found = self.old = self.learn.loss_func
+        self.learn.loss_func = lambda pred,*yb: found(pred, *yb)*1.
+    def after_batch(self): self.learn.loss_func = self.old
+
+@each_kind
+@pytest.mark.parametrize('order', [9, 20, 60])
+def test_loss_functions_that_call_the_mixed_one(order, kind):
+    learn = learner(kind, Wrapping(order))
+    learn.fit(1)
+    check(learn, 2, 2)
+    assert type(learn.loss_func).__name__ == 'CrossEntropyLossFlat'
+
+@each_kind
+def test_the_mixed_loss_of_a_batch_is_not_kept(kind):
+    "Whoever puts it in place later has put the user's loss function there"
+    found = []
+    learn = learner(kind, At('after_pred', lambda learn: found.append(learn.loss_func)))
+    learn.add_cb(At('after_epoch', lambda learn: setattr(learn, 'loss_func', found[-1])))
+    own = learn.loss_func
+    learn.fit(1)
+    assert learn.loss_func is own and found[-1] is not own
+
+POSTS = dict(plain=lambda m,x: m(x), scaled=lambda m,x: m(x)/1., copied=lambda m,x: m(x).clone(), cut=lambda m,x: m(x)[:,:],
+    cast=lambda m,x: m(x).double().float(), direct=lambda m,x: m.forward(x))
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_backward'])
+@pytest.mark.parametrize('post', POSTS)
+def test_loss_of_what_was_not_mixed(post, event):
+    "Where hidden layers are mixed, an error, whatever has been done to the prediction; the batch's own may be changed"
+    x,y = batches('hidden')[0]
+    def other(learn): learn.loss_func(POSTS[post](learn.model, x.clone().requires_grad_()), y)
+    learn = learner('hidden', At(event, other, order=20))
+    with pytest.raises(RuntimeError, match='answered to other tensors'): learn.fit(1)
+    def own(learn):
+        learn.model(x.clone())
+        again = learn.loss_func(learn.model(*learn.xb).double().float()*1., *learn.yb)
+        torch.testing.assert_close(again, learn.loss_func(learn.pred, *learn.yb))
+    learn = learner('hidden', At('after_pred', own))
+    learn.fit(1)

@@ -430,7 +430,11 @@ def _python(): return random.random()
 def _numpy(): return np.random.rand()
 def _bernoulli(): return torch.bernoulli(torch.tensor(.5)).item()
 CHANCES = dict(torch=lambda: torch.rand(()), item=lambda: torch.rand([]).item(), one=lambda: torch.rand(1),
-    uniform=lambda: torch.empty(1).uniform_(), python=_python, numpy=_numpy)
+    uniform=lambda: torch.empty(1).uniform_(), bernoulli=_bernoulli, python=_python, numpy=_numpy,
+    whole=lambda: torch.randint(0, 100, (1,)).item()/100, high=lambda: torch.randint(high=100, size=(1,)).item()/100,
+    python_whole=lambda: random.randint(0, 99)/100, python_range=lambda: random.randrange(100)/100,
+    python_choice=lambda: random.choice([0, 1]),
+    numpy_whole=lambda: np.random.randint(100)/100, numpy_choice=lambda: np.random.choice([0, 1]))
 @pytest.mark.parametrize('rate', [.05, .5])
 @pytest.mark.parametrize('chance', CHANCES)
 def test_layers_that_are_skipped_at_random(chance, rate):

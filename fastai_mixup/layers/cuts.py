@@ -69,25 +69,37 @@ def _join(xb, n, mixer):
         return _Joined.start(x, source) if rule == 'embed' else x
     return map_leaves(join, xb),source
 
-# %% ../../nbs/api/13_cuts.ipynb #dd40d459
+# %% ../../nbs/api/13_cuts.ipynb #6c81fc23
 class _Probing(TorchFunctionMode):
-    "Makes every single random number `value`; setting `requires_grad` of what is no leaf does nothing"
+    "Makes every single random number the one at `value` of its range; setting `requires_grad` of what is no leaf does nothing"
     def __init__(self, value): super().__init__(); self.value = value
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == Tensor.requires_grad.__set__ and not args[0].is_leaf: return
         res = func(*args, **(kwargs or {}))
-        draws = getattr(func, '__name__', '') in ('rand', 'rand_like', 'uniform_', 'bernoulli', 'bernoulli_')
-        if draws and res.numel() == 1: res.data.fill_(self.value)
+        name = getattr(func, '__name__', '')
+        if name in ('rand', 'rand_like', 'uniform_', 'bernoulli', 'bernoulli_') and res.numel() == 1: res.data.fill_(self.value)
+        if name == 'randint' and res.numel() == 1: res.fill_(_at(self.value, _bounds(*args, **kwargs or {})))
         return res
 
-# %% ../../nbs/api/13_cuts.ipynb #e6d19703
+def _at(value, among): return among[int(value*len(among))]
+def _bounds(*args, low=0, high=None, **_):
+    given = [o for o in args if isinstance(o, int)] # and then the size
+    return range(*given) if given and high is None else range(*given or [low], high)
+
+# %% ../../nbs/api/13_cuts.ipynb #d0e64e3f
 @contextmanager
 def _chance(value):
-    "Single random numbers of torch, Python and numpy are `value`"
-    names = [(random, 'random'), (random, 'uniform'), (np.random, 'rand'), (np.random, 'random'), (np.random, 'uniform')]
-    def draw(stock): return lambda *args, **kwargs: value if np.ndim(res := stock(*args, **kwargs)) == 0 else res
+    "Single random numbers and choices of torch, Python and numpy are those at `value` of their range"
+    def number(*_, **__): return value
+    def whole(*args, **kwargs): return _at(value, _bounds(*args, **kwargs))
+    def to_the_end(a, b): return _at(value, range(a, b+1))
+    def one_of(among, *_, **__): return _at(value, among if hasattr(among, '__len__') else range(among))
+    def single(stock, draw): return lambda *args, **kwargs: draw(*args, **kwargs) if np.ndim(o := stock(*args, **kwargs)) == 0 else o
+    python = dict(random=number, uniform=number, randrange=whole, randint=to_the_end, choice=one_of)
+    arrays = dict(rand=number, random=number, uniform=number, randint=whole, choice=one_of)
     with ExitStack() as stack:
-        for module,name in names: stack.enter_context(replaced.object(module, name, draw(getattr(module, name))))
+        stack.enter_context(replaced.multiple(random, **python))
+        stack.enter_context(replaced.multiple(np.random, **{k: single(getattr(np.random, k), draw) for k,draw in arrays.items()}))
         stack.enter_context(_Probing(value))
         yield
 

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from ..ops import tensors
 
-# %% ../../nbs/api/14_forward.ipynb #7e3dc673
+# %% ../../nbs/api/14_forward.ipynb #df5bbd33
 class ForwardPass:
     "The passes of a running batch through the model of its Learner"
     layer = at_layer = enter = leave = None
@@ -25,7 +25,8 @@ class ForwardPass:
     again = False # Is the backward pass of an own pass running, which may call layers again?
     def __init__(self, learn, scope:ExitStack, is_current, own_hooks=False):
         self.learn,self.is_current = learn,is_current
-        self.calls,self.foreign,self.others,self.watched = 0,set(),[],{}
+        self.calls,self.foreign,self.watched = 0,set(),{}
+        self.own,self.own_nodes,self.others = [],set(),[]
         before,after = register_module_forward_pre_hook,register_module_forward_hook
         if own_hooks:
             before,after = learn.model.register_forward_pre_hook,learn.model.register_forward_hook
@@ -57,7 +58,7 @@ def _after(self:ForwardPass, module, args, out):
     if out is not None: out = self._at_layer(module, out)
     return self._leave(out) if root else out
 
-# %% ../../nbs/api/14_forward.ipynb #abe29295
+# %% ../../nbs/api/14_forward.ipynb #a0ae4680
 @patch
 def _at_layer(self:ForwardPass, module, out):
     if not (self.open or self.again):
@@ -80,7 +81,10 @@ def _leave(self:ForwardPass, out):
         return out
     if self.leave is not None: out = self.leave(out)
     for o in tensors(out):
-        if o.requires_grad: o.register_hook(_backward_begins(weakref.ref(self)))
+        self.own.append(weakref.ref(o))
+        if not o.requires_grad: continue
+        self.own_nodes.add(o.grad_fn)
+        o.register_hook(_backward_begins(weakref.ref(self)))
     return out
 
 def _backward_begins(ref):
@@ -90,8 +94,28 @@ def _backward_begins(ref):
         if forward is not None: forward.again = True
     return hook
 
-# %% ../../nbs/api/14_forward.ipynb #b4b711b7
+# %% ../../nbs/api/14_forward.ipynb #451b7ca7
 @patch
 def is_foreign(self:ForwardPass, pred):
-    "Is `pred` what the model answered to other tensors than those of the batch?"
-    return any(other() is o for o in tensors(pred) for other in self.others)
+    "Was `pred` made of what the model, or a part of it, answered to other tensors than those of the batch?"
+    if not (self.others or self.foreign): return False
+    found = tensors(pred)
+    if any(other() is o for o in found for other in self.others): return True
+    return not all(self._is_own(o) or _comes_from(o.grad_fn, self.own_nodes) for o in found)
+
+# %% ../../nbs/api/14_forward.ipynb #2147dbb1
+@patch
+def _is_own(self:ForwardPass, o):
+    known = [own for ref in self.own if (own := ref()) is not None]
+    return any(own is o or own.data_ptr() == o.data_ptr() for own in known)
+
+def _comes_from(node, nodes):
+    "Does `node` of an autograd graph depend on one of `nodes`?"
+    seen,todo = {None},[node]
+    while todo:
+        v = todo.pop()
+        if v in nodes: return True
+        if v in seen: continue
+        seen.add(v)
+        todo += [u for u,_ in v.next_functions]
+    return False
