@@ -40,13 +40,14 @@ from .recipe import Recipe, shown_arguments
 # %% ../nbs/api/20_callback.ipynb #e28fcdf2
 def _rank(): return dist.get_rank() if dist.is_available() and dist.is_initialized() else rank_distrib()
 
-# %% ../nbs/api/20_callback.ipynb #9e35cd5f
+# %% ../nbs/api/20_callback.ipynb #37987207
 class Fit:
     "What lasts as long as a fit"
     def __init__(self, cb, learn):
+        self.generator = cb.generator if cb.scope is None else copy.deepcopy(cb.generator) # the batch around has its own
         self.is_compiled = isinstance(learn.model, nn.Module) and any(map(is_compiled, learn.model.modules()))
         self.is_finding = any(isinstance(o, LRFinder) for o in learn.cbs) # it sees the mixing of the start
-        self.draws = Draws(cb.generator or private_generator('mixing', _rank()))
+        self.draws = Draws(self.generator or private_generator('mixing', _rank()))
         self.layer = copy.copy(cb.layer)
         self.memory,self.inputs,self.kept,self.spec = {},None,None,None
 
@@ -130,15 +131,16 @@ def _ensure_scope(learner_class):
     owner = next(c for c in learner_class.__mro__ if 'one_batch' in vars(c))
     if not hasattr(owner.one_batch, 'has_scope'): owner.one_batch = _with_scope(owner.one_batch)
 
-# %% ../nbs/api/20_callback.ipynb #bde4baa5
+# %% ../nbs/api/20_callback.ipynb #763eed3d
 class MixCallback(Callback):
     "Trains on batches that are mixed by `method` at `layer`"
     order,run_valid = 8,False
-    scope = running = forward = fit = by_hand = None # the scope of the running batch, the batch, its forward pass, the running fit
+    scope = running = forward = fit = by_hand = None # the scope of the running batch, the batch, its forward pass, its fit
+    next_fit = None # The fit of the next batch; within a batch, of those of nested fits
     begins = True # Does a fit begin with the next batch?
     trains = False # Is the running batch one that the Learner trains on?
     own = {} # Parameters of a subclass, for `repr`
-    _stateattrs = 'scope','running','forward','fit','by_hand','begins','trains'
+    _stateattrs = 'scope','running','forward','fit','next_fit','by_hand','begins','trains'
 
     def __init__(self,
         method:Method, # How two items become one
@@ -220,7 +222,7 @@ def loss(self:MixCallback, pred):
     if tuple(self.learn.yb) == (None,): raise RuntimeError("No batch is running: there is no loss to take")
     return self.learn.loss_func(pred, *self.learn.yb)
 
-# %% ../nbs/api/20_callback.ipynb #69164ed5
+# %% ../nbs/api/20_callback.ipynb #56e4896f
 @patch
 def before_fit(self:MixCallback):
     "Check that nothing else mixes, and that the model can be run as the method needs it"
@@ -250,30 +252,31 @@ def runs_model(self:Recipe):
 @patch
 def before_train(self:MixCallback):
     "A stateful model begins anew, and so may its plan"
-    if self.fit is not None: self.fit.kept = None
+    if self.next_fit is not None: self.next_fit.kept = None
 
-# %% ../nbs/api/20_callback.ipynb #e51daa51
+# %% ../nbs/api/20_callback.ipynb #fafdc810
 @patch
 def enter_batch(self:MixCallback, scope:ExitStack, learn):
     "Begin a batch of `learn`; `scope` takes away what mixing puts in place for it"
     if learn.training and self.learn is not learn: raise RuntimeError(
         f"This {self} has been given to another Learner since. Give each Learner an instance of its own.")
-    if learn.training and (self.begins or self.fit is None): self._begin_fit(learn)
-    scope.callback(vars(self).update, scope=self.scope, running=self.running, forward=self.forward, fit=self.fit, begins=self.begins,
-                   trains=self.trains)
+    if learn.training and (self.begins or self.next_fit is None): self._begin_fit(learn)
+    scope.callback(vars(self).update, scope=self.scope, running=self.running, forward=self.forward, fit=self.fit,
+                   next_fit=self.next_fit, begins=self.begins, trains=self.trains)
     if self.running is not None: # a batch within a batch
         scope.callback(setattr, learn, 'loss_func', learn.loss_func)
         learn.loss_func = user_loss(learn.loss_func)
     self.scope,self.running,self.forward,self.trains = scope,None,None,learn.training
+    self.fit,self.next_fit = self.next_fit,None
     where = 'inside' if self.recipe.watches else self.layer.needs_forward
     if learn.training and where: self.forward = ForwardPass(
         learn, scope, lambda forward: self.forward is forward, own_hooks=where == 'around' and self.fit.is_compiled)
 
-# %% ../nbs/api/20_callback.ipynb #ccc976b4
+# %% ../nbs/api/20_callback.ipynb #4126d82c
 @patch
 def _begin_fit(self:MixCallback, learn):
-    self.fit,self.begins = Fit(self, learn),False
-    if not self.fit.is_finding and not self._may_mix(learn): warn(
+    self.next_fit,self.begins = Fit(self, learn),False
+    if not self.next_fit.is_finding and not self._may_mix(learn): warn(
         f"{self} mixes no batch of this training run of {learn.n_epoch} epoch(s): alpha, p, start, stop or the batch size rule it out.")
 
 @patch
@@ -300,7 +303,7 @@ def _end_by_hand(self:MixCallback):
     self.by_hand.close()
     self.by_hand = None
 
-# %% ../nbs/api/20_callback.ipynb #f1a79be0
+# %% ../nbs/api/20_callback.ipynb #bb5b36a7
 @patch
 def before_batch(self:MixCallback):
     "Draw a plan, mix by it, and let the loss function be the mixed loss"
@@ -326,6 +329,7 @@ def _mix(self:MixCallback, run):
     self._wrap_loss()
 
 def _end(run): run.over,run.learn.loss_func = True,user_loss(run.learn.loss_func)
+def _unwrap_loss(learn): learn.loss_func = user_loss(learn.loss_func)
 
 @patch
 def _wrap_loss(self:MixCallback):
@@ -394,7 +398,7 @@ def _check_taken(self:MixCallback):
         "The batch is mixed, but its loss was not taken by `learn.loss_func(pred, *yb)`. A Learner that takes its loss in another way "
         "cannot be mixed.")
 
-# %% ../nbs/api/20_callback.ipynb #81c675b1
+# %% ../nbs/api/20_callback.ipynb #942b1f29
 @patch
 def after_backward(self:MixCallback):
     "From here on, a call of a layer is no repetition"
@@ -415,8 +419,8 @@ def after_batch(self:MixCallback):
 def after_fit(self:MixCallback):
     "Free the memory; a validation, which sends this too, has begun no fit"
     self._end_by_hand()
-    self.learn.loss_func = user_loss(self.learn.loss_func) # another callback may have kept the mixed one of a batch
-    if not self.begins: self.fit = None
+    if self.scope is None: _unwrap_loss(self.learn) # which another callback may have kept from a batch
+    if not self.begins: self.next_fit = None
     self.begins = False
 
 # %% ../nbs/api/20_callback.ipynb #5e7bb9d2

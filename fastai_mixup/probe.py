@@ -89,18 +89,26 @@ def untouched(model:nn.Module, memory:dict|None=None, mode:str='training'):
         random.setstate(python)
         np.random.set_state(numpy)
 
-# %% ../nbs/api/12_probe.ipynb #e7eaffcb
+# %% ../nbs/api/12_probe.ipynb #0b934853
 @contextmanager
 def same_draws(dl):
     "Take from `dl` without moving any random stream on"
     state,numpy,python,own = torch.get_rng_state(),np.random.get_state(),random.getstate(),getattr(dl, 'rng', None)
     own_state = own.getstate() if isinstance(own, random.Random) else None
+    states = [(o, o.get_state()) for o in _generators(dl)]
     try: yield
     finally:
         torch.set_rng_state(state); np.random.set_state(numpy); random.setstate(python)
+        for o,its_state in states: o.set_state(its_state)
         if own_state is not None:
             own.setstate(own_state)
             dl.rng = own
+
+def _generators(dl):
+    "The torch generators of a DataLoader and of its samplers"
+    batches = getattr(dl, 'batch_sampler', None)
+    holders = dl,getattr(dl, 'sampler', None),batches,getattr(batches, 'sampler', None)
+    return [o.generator for o in holders if isinstance(getattr(o, 'generator', None), torch.Generator)]
 
 # %% ../nbs/api/12_probe.ipynb #e8c451ce
 def split_batch(learn, b):

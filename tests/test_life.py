@@ -7,7 +7,7 @@ import weakref
 import fastai.vision.learner  # noqa: F401 (shows the items of images)
 import pytest
 import torch
-from fastai.callback.core import FetchPredsCallback
+from fastai.callback.core import Callback, FetchPredsCallback
 from fastai.callback.mixup import CutMix
 from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.data.core import DataLoaders
@@ -19,7 +19,7 @@ from fastai.torch_core import set_seed
 from life import KINDS, At, N, Net, batches, check, check_page, each_kind, hooks, learner, mixer, quiet
 from torch import nn
 
-from fastai_mixup.all import ManifoldMixUp, MixUp
+from fastai_mixup.all import ManifoldMixUp, MixUp, PreviousBatch
 
 # Ways to train
 
@@ -285,3 +285,54 @@ def test_nothing_is_kept_alive(kind):
     learn.fit(2)
     gc.collect()
     assert len(refs) == 24 and not any(o() is not None for o in refs)
+
+KEPT = 'dl','xb','yb','pred','loss','loss_grad','iter','n_iter','training','epoch','n_epoch','pct_train','opt','train_iter','start_epoch'
+
+def aside(learn, f):
+    "`f(learn)`, of which fastai's own state, the model and torch's draws are put back"
+    kept,weights,rng = {k: v for k,v in vars(learn).items() if k in KEPT},copy.deepcopy(learn.model.state_dict()),torch.get_rng_state()
+    grads = [p.grad for p in learn.model.parameters()]
+    learn.opt = None # for `f` to make its own
+    for p in learn.model.parameters(): p.grad = None
+    f(learn)
+    learn.model.load_state_dict(weights)
+    for p,g in zip(learn.model.parameters(), grads): p.grad = g
+    vars(learn).update(kept)
+    torch.set_rng_state(rng)
+    learn.model.train()
+
+class Stops(Callback):
+    def after_pred(self): raise ZeroDivisionError('stop')
+
+def nested_fit(learn):
+    with learn.removed_cbs([learn.oracle, learn.recorder]), learn.no_logging(): learn.fit(2)
+def broken_fit(learn):
+    with learn.removed_cbs([learn.oracle, learn.recorder]), learn.no_logging(), pytest.raises(ZeroDivisionError): learn.fit(1, cbs=Stops())
+
+MADE = dict(plain=lambda: {}, stateful=lambda: dict(stateful=True), generator=lambda: dict(generator=torch.Generator().manual_seed(2)),
+    pairing=lambda: dict(pairing=PreviousBatch()))
+
+@pytest.mark.slow
+@each_kind
+@pytest.mark.parametrize('f', [nested_fit, broken_fit])
+@pytest.mark.parametrize('event,order', [('before_batch', 0), ('before_batch', 9), ('before_step', 0), ('after_batch', 0)])
+@pytest.mark.parametrize('made', MADE)
+def test_nested_fit_of_the_same_learner(made, event, order, f, kind):
+    "The outer batches, and what is drawn and remembered for them, are those without it"
+    if made == 'pairing' and kind in ('hidden', 'output'): return # an error
+    def pages(*cbs):
+        learn = learner(kind, cbs)
+        for name,value in MADE[made]().items(): setattr(mixer(learn), name, value)
+        learn.fit(2)
+        return [page for page in learn.oracle.take() if page.training]
+    for page,want in zip(pages(At(event, lambda learn: aside(learn, f), order)), pages(), strict=True):
+        torch.testing.assert_close((page.M, page.loss), (want.M, want.loss))
+
+@each_kind
+def test_tensors_of_the_loader_are_left_as_they_were(kind):
+    "One tensor in two epochs and as two inputs, say; no attribute stays on it"
+    data = batches(kind)
+    learn = learner(kind, data=data)
+    learn.fit(2)
+    check(learn, 4, 4)
+    for (x,y),(x0,y0) in zip(data, batches(kind)): assert torch.equal(x, x0) and torch.equal(y, y0) and not vars(x) and not vars(y)

@@ -17,6 +17,8 @@ from fastai.callback.schedule import SchedLin
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from matplotlib.colors import to_rgba
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data import RandomSampler, TensorDataset
 
 from fastai_mixup.all import (
     CutMix,
@@ -239,3 +241,24 @@ def test_what_is_left_out_of_a_table_is_shown_as_it_is(inputs, names, numbers):
     (lambda: plot_lam(1., fold='no'), 'fold')])
 def test_refusals_name_the_argument(f, message):
     with pytest.raises((TypeError, ValueError), match=message): f()
+
+class OwnDraws:
+    "A pairing and a label rule that draw from a generator of their own, and count"
+    def __init__(self): self.generator,self.n = torch.Generator().manual_seed(5),[0]
+    def __call__(self, batch, plan=None):
+        self.n[0] += 1
+        drawn = torch.rand(batch.n, generator=self.generator)
+        return drawn.argsort() if plan is None else drawn
+
+@pytest.mark.parametrize('how', ['pairing', 'labels'])
+def test_what_draws_and_remembers_is_left_as_it_was(how):
+    own,loader_draws = OwnDraws(),torch.Generator().manual_seed(7)
+    items = TensorDataset(torch.randn(32, 4), torch.arange(32) % CLASSES)
+    def loader(g): return TorchLoader(items, 8, sampler=RandomSampler(items, generator=g), generator=g)
+    learn = Learner(DataLoaders(loader(loader_draws), loader(loader_draws), device='cpu'), nn.Linear(4, CLASSES), CrossEntropyLossFlat(),
+        cbs=MixUp(1., **{how: own}))
+    before = own.generator.get_state(),loader_draws.get_state()
+    learn.show_mixed_batch(3)
+    assert own.n == [0] and torch.equal(own.generator.get_state(), before[0]) and torch.equal(loader_draws.get_state(), before[1])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert own.n == [4]

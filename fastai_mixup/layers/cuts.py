@@ -7,11 +7,11 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/cuts.html.md"""
 # %% auto #0
 __all__ = ['Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../../nbs/api/13_cuts.ipynb #f666e54a
+# %% ../../nbs/api/13_cuts.ipynb #53c48273
 import random
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from unittest.mock import patch as replaced
 from warnings import warn
@@ -182,7 +182,7 @@ def _after(self:PathCounts):
         for u in _inputs(v): res[u] += res[v]
     return res
 
-# %% ../../nbs/api/13_cuts.ipynb #59ebe5c9
+# %% ../../nbs/api/13_cuts.ipynb #b6bfe801
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -193,16 +193,20 @@ class Cut:
     depth:float # Share of the layers with parameters that have answered by then, in (0, 1]
     is_block:bool=False # Does it hold more than one layer with parameters?
     looks_up:bool=False # Is it an embedding, whose output is mixed where the input is?
+    others:tuple=() # Shapes of its other tensors
 
     def has_positions(self,
         size:tuple, # Of an item, without channels
         channels_last:bool=False, # Do channels come after the positions?
     )->bool:
         "Is the output shaped like the items: channels, and positions in the same proportions?"
-        found = self.shape[1:-1] if channels_last else self.shape[2:]
-        if self.shape[:1] != ('bs',) or len(found) != len(size) or 1 in found: return False
-        scale = found[0]/size[0]
-        return all(abs(a - scale*b) < 1 + scale for a,b in zip(found, size))
+        return all(_has_positions(shape, size, channels_last) for shape in (self.shape, *self.others))
+
+def _has_positions(shape, size, channels_last):
+    found = shape[1:-1] if channels_last else shape[2:]
+    if shape[:1] != ('bs',) or len(found) != len(size) or 1 in found: return False
+    scale = found[0]/size[0]
+    return all(abs(a - scale*b) < 1 + scale for a,b in zip(found, size))
 
 class _Cuts(list):
     "The cuts of a model, and the names of the layers (`irregular`) that are not called in every forward pass"
@@ -238,14 +242,20 @@ def _in_chunks(model):
     "Layers that are called once for each chunk of a text, and then not with all rows"
     return {layer for m in model.modules() if hasattr(m, 'bptt') for layer in m.modules() if layer is not m}
 
-# %% ../../nbs/api/13_cuts.ipynb #59e6dd3f
+# %% ../../nbs/api/13_cuts.ipynb #9f5525fc
+def _needed(calls, counts):
+    "The calls, without outputs on which the prediction does not depend, such as the last state of a recurrent layer"
+    def keep(call, of): return {path: o for path,o in of.items() if counts.after.get(call.nodes[path])}
+    return [replace(call, nodes=keep(call, call.nodes), shapes=keep(call, call.shapes)) for call in calls]
+
 def _as_cut(name, module, first, second, last, n, m):
     dims = [_batch_dims(a, b, n, m) for a,b in zip(first, second)]
     if not all(dims): return None
-    path,dim = next(iter(dims[0].items()))
-    shape = tuple('bs' if d == dim else s for d,s in enumerate(first[0].shapes[path]))
+    def shown(path, dim): return tuple('bs' if d == dim else s for d,s in enumerate(first[0].shapes[path]))
+    shape,*others = (shown(*o) for o in dims[0].items())
     n_layers = sum(map(_has_own_parameters, module.modules()))
-    return Cut(name, module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, n_layers < 2 and first[0].looks_up)
+    is_lookup = n_layers < 2 and first[0].looks_up
+    return Cut(name, module, dims, shape, first[-1].depth/max(last, 1), n_layers > 1, is_lookup, tuple(others))
 
 def find_cuts(
     model:nn.Module, # A model in the mode in which it will be trained; it is left as it was
@@ -265,7 +275,7 @@ def find_cuts(
     for module,first in sorted(calls.items(), key=lambda o: o[1][-1].depth):
         second = again.get(module, [])
         if module in chunked or len(first) != len(second) or not (counts.is_cut(nodes(first)) and others.is_cut(nodes(second))): continue
-        cut = _as_cut(names[module], module, first, second, last, n, m)
+        cut = _as_cut(names[module], module, _needed(first, counts), _needed(second, others), last, n, m)
         if cut is not None: cuts.append(cut)
     cuts.memory = memory
     cuts.irregular = {names[o] for o in {*calls, *again} if len(calls.get(o, ())) != len(again.get(o, ()))}

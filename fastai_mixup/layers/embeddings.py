@@ -40,7 +40,7 @@ class Origin:
             f"{self.label} holds integers, and reaches `{name}`, which turns them into floats: only the output of an embedding "
                          f"can be mixed. {self.remedy()}")
 
-# %% ../../nbs/api/10_embeddings.ipynb #b95292a0
+# %% ../../nbs/api/10_embeddings.ipynb #56fa2c2b
 class MixedIndex(Tensor):
     "Indices with those of their partners, which are mixed at the output of the embedding that looks them up"
     def __new__(cls,
@@ -51,7 +51,7 @@ class MixedIndex(Tensor):
         one_hot:bool=False, # Are these one-hot rows, which may become floats?
         empty:bool=False, # Is it a new tensor of their shape, to which nothing was written?
     ):
-        res = Tensor.as_subclass(own, cls)
+        res = Tensor.as_subclass(own.detach(), cls) # under fastai a cast shares the attributes of what was cast
         res.partner,res.lam,res.origins,res.one_hot,res.empty = partner,lam,origins,one_hot,empty
         return res
 

@@ -129,11 +129,11 @@ class RandomLayer:
         "The plan by which a hidden layer is mixed: what a subclass may define"
         return plan
 
-# %% ../../nbs/api/15_hidden.ipynb #c296d63d
+# %% ../../nbs/api/15_hidden.ipynb #8e25b1fd
 @patch
 def prepare(self:RandomLayer, cb, learn, batch, may_mix):
     "Draw a layer, whether the batch is mixed or not; look for layers where all ranks have to do so at the same time (FSDP)"
-    if self.rng is None: self.rng = _layer_generator(cb.generator)
+    if self.rng is None: self.rng = _layer_generator(cb.fit.generator)
     self.toss = torch.randint(2**32-1, (), generator=self.rng).item()
     if self.layers is None and may_mix and is_sharded(learn.model): self.find(cb, learn, batch.xb, batch.n)
 

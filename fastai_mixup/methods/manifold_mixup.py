@@ -66,11 +66,12 @@ ManifoldMixUpCallback = ManifoldMixUp
 def _layers_shown(wanted): return wanted and [o if isinstance(o, (str, type)) else type(o).__name__ for o in wanted]
 def method_shown(recipe): return recipe if isinstance(recipe, Recipe) else None
 
-# %% ../../nbs/api/41_manifold_mixup.ipynb #67badcea
+# %% ../../nbs/api/41_manifold_mixup.ipynb #53bb4abe
 @patch
 def found(self:ManifoldMixUp):
     "Where batches are mixed: a `RandomLayer` that has looked for its layers"
-    if self.fit is not None and self.fit.layer.layers is not None: return self.fit.layer
+    fit = self.fit or self.next_fit
+    if fit is not None and fit.layer.layers is not None: return fit.layer
     if self.learn is None: raise RuntimeError(f"{self} belongs to no Learner yet: its layers are those of a Learner's model")
     layer,(xb,_,n) = copy.copy(self.layer),example_batch(self.learn)
     modes = [(m, m.training) for m in self.learn.model.modules()]

@@ -31,7 +31,7 @@ from ..ops import Others, is_number, leaves, map_leaves
 from ..probe import same_draws, split_batch, untouched
 from .plots import as_percent, quoted, where
 
-# %% ../../nbs/api/63_show.ipynb #1dc1a846
+# %% ../../nbs/api/63_show.ipynb #106661dd
 class Peek:
     "One training batch, as the callback of a Learner mixes it"
     def __init__(self,
@@ -47,8 +47,13 @@ class Peek:
         self.learn,self.cb = copy.copy(learn),copy.copy(own)
         self.xb,self.yb,self.n = split_batch(learn, b)
         self.cb.learn = self.learn
-        if own.generator is not None: self.cb.generator = torch.Generator().set_state(own.generator.get_state())
+        self.cb.recipe,self.cb.labels,self.cb.generator = (_copied(o) for o in (own.recipe, own.labels, own.generator))
         with untouched(learn.model): self._mix(at)
+
+def _copied(o):
+    "What draws or remembers goes on from where it was"
+    try: return copy.deepcopy(o)
+    except Exception: return o # an object that cannot be copied
 
 def _why_none(learn):
     found = next((cb for cb in learn.cbs if type(cb).__name__ in ('MixUp', 'CutMix')), None)
