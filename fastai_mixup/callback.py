@@ -94,7 +94,7 @@ def loss_put_in_place(self:MixedBatch, loss_func, pred, yb):
     self.taken = before
     return self.loss(loss_func, pred, yb)
 
-# %% ../nbs/api/20_callback.ipynb #7bd9718c
+# %% ../nbs/api/20_callback.ipynb #af41bcf9
 @patch
 @plainly
 def determine_labels(self:MixedBatch, pred):
@@ -104,6 +104,7 @@ def determine_labels(self:MixedBatch, pred):
     labels = self.cb.labels
     if labels is not None: self.plan.set_labels(_check_label_lam(labels, labels(self.batch, self.plan), self.batch))
 
+# %% ../nbs/api/20_callback.ipynb #4c61f6db
 def _check_label_lam(labels, lam, batch):
     "Return what the rule for `labels` gave, or raise an error that says what it has to be"
     if not (isinstance(lam, Tensor) and lam.is_floating_point() and lam.shape == (batch.n,)): raise TypeError(
@@ -172,7 +173,7 @@ class MixCallback(Callback):
     __setattr__ = object.__setattr__ # without the search for attributes of the same name in Learner and model
     training = property(lambda self: self.learn.training) # which fastai asks for at each event
 
-# %% ../nbs/api/20_callback.ipynb #3c59d59b
+# %% ../nbs/api/20_callback.ipynb #ed1e5412
 @patch
 def __call__(self:MixCallback, event_name):
     "As fastai's, without the search for events that it does not have in Learner and model"
@@ -183,6 +184,7 @@ def _check_generator(generator):
         raise TypeError(f"generator must be a `torch.Generator` on the CPU, got {generator!r}")
     return generator
 
+# %% ../nbs/api/20_callback.ipynb #5bf84839
 def _check_rule(labels, recipe):
     if isinstance(labels, Callback): raise TypeError(f"labels must be None or an object such as `ReMix()`, got {labels!r}")
     if labels is not None and recipe.sets_labels: raise ValueError(
@@ -272,13 +274,14 @@ def enter_batch(self:MixCallback, scope:ExitStack, learn):
     if learn.training and where: self.forward = ForwardPass(
         learn, scope, lambda forward: self.forward is forward, own_hooks=where == 'around' and self.fit.is_compiled)
 
-# %% ../nbs/api/20_callback.ipynb #4126d82c
+# %% ../nbs/api/20_callback.ipynb #ec9b27ae
 @patch
 def _begin_fit(self:MixCallback, learn):
     self.next_fit,self.begins = Fit(self, learn),False
     if not self.next_fit.is_finding and not self._may_mix(learn): warn(
         f"{self} mixes no batch of this training run of {learn.n_epoch} epoch(s): alpha, p, start, stop or the batch size rule it out.")
 
+# %% ../nbs/api/20_callback.ipynb #6a059665
 @patch
 def _may_mix(self:MixCallback, learn):
     "Are there batches in the fit (of up to 4,000 of them) at whose moment there is mixing?"
@@ -289,7 +292,7 @@ def _may_mix(self:MixCallback, learn):
     alone = getattr(learn.dls.train, 'bs', None) == 1 and not self.recipe.has_pairing
     return not alone and any(self.recipe.share_at(now) > 0 for now in moments)
 
-# %% ../nbs/api/20_callback.ipynb #3dae254d
+# %% ../nbs/api/20_callback.ipynb #c4c25cc4
 @patch
 def _enter_by_hand(self:MixCallback):
     self._end_by_hand()
@@ -297,6 +300,7 @@ def _enter_by_hand(self:MixCallback):
     self.by_hand = ExitStack()
     self.enter_batch(self.by_hand, self.learn)
 
+# %% ../nbs/api/20_callback.ipynb #70a5c057
 @patch
 def _end_by_hand(self:MixCallback):
     if self.by_hand is None: return
@@ -376,7 +380,7 @@ def _carries_state(self:MixCallback):
 @cache
 def _is_of_a_language_model(loader): return any(c.__name__ == 'LMDataLoader' for c in loader.__mro__)
 
-# %% ../nbs/api/20_callback.ipynb #dc6be03c
+# %% ../nbs/api/20_callback.ipynb #e6d513e0
 @patch
 def after_pred(self:MixCallback):
     "Take the mixed loss of a loss function that another callback has put in place"
@@ -384,6 +388,7 @@ def after_pred(self:MixCallback):
     learn = self.running.learn
     learn.loss_func = MixedLoss(learn.loss_func, self.running.loss_put_in_place)
 
+# %% ../nbs/api/20_callback.ipynb #3fc0caa8
 @patch
 def after_loss(self:MixCallback):
     "Make sure that everything was mixed exactly once, and that the loss was"
@@ -398,7 +403,7 @@ def _check_taken(self:MixCallback):
         "The batch is mixed, but its loss was not taken by `learn.loss_func(pred, *yb)`. A Learner that takes its loss in another way "
         "cannot be mixed.")
 
-# %% ../nbs/api/20_callback.ipynb #942b1f29
+# %% ../nbs/api/20_callback.ipynb #1bb07924
 @patch
 def after_backward(self:MixCallback):
     "From here on, a call of a layer is no repetition"
@@ -409,6 +414,7 @@ def after_cancel_batch(self:MixCallback):
     "Nobody asks for the loss of a batch that was cancelled"
     if self.running is not None: self.running.taken = True
 
+# %% ../nbs/api/20_callback.ipynb #237b8d8c
 @patch
 def after_batch(self:MixCallback):
     "End the scope where events are sent by hand; elsewhere a loss must have been taken, even if no `after_loss` was sent"
