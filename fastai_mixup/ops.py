@@ -91,7 +91,7 @@ def broadcast_lam(lam:Tensor, x:Tensor, dim:int=0)->Tensor:
     lam = lam.to(device=x.device, dtype=dtype, non_blocking=True)
     return lam.view([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]) if lam.ndim == 1 else lam
 
-# %% ../nbs/api/02_ops.ipynb #61db7530
+# %% ../nbs/api/02_ops.ipynb #95358fbd
 def average(x, partner, weight, out=None, has_whole=None):
     "`weight` parts of `x` and the rest of `partner`; weights broadcast, and booleans select"
     out = {} if out is None else {'out': out}
@@ -100,9 +100,11 @@ def average(x, partner, weight, out=None, has_whole=None):
     return res if has_whole is False else _with_copies(res, x, partner, weight, out)
 
 def _with_copies(res, x, partner, weight, out):
-    "`res`, where what has a weight of 1 or 0 is copied; on the CPU only the rows that have one are touched"
-    whole,dims = (weight == 1) | (weight == 0),[d for d,n in enumerate(weight.shape) if n > 1]
-    if weight.device.type != 'cpu' or len(dims) != 1: return torch.where(whole, torch.where(weight == 1, x, partner), res, **out)
+    "`res`, where what has a weight of 1 or 0 is copied; on the CPU only if that may differ"
+    on_cpu,dims = weight.device.type == 'cpu',[d for d,n in enumerate(weight.shape) if n > 1]
+    if on_cpu and len(dims) != 1 and res.detach().sum().isfinite(): return res # infinities and NaN would reach the sum
+    whole = (weight == 1) | (weight == 0)
+    if not on_cpu or len(dims) != 1: return torch.where(whole, torch.where(weight == 1, x, partner), res, **out)
     rows = whole.flatten().nonzero().flatten()
     own,other,w = (o.index_select(dims[0], rows) for o in (x, partner, weight))
     return res.index_copy_(dims[0], rows, torch.where(w == 1, own, other)) if len(rows) else res
