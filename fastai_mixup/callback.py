@@ -113,7 +113,7 @@ def _check_label_lam(labels, lam, batch):
         f"labels={labels!r} must return weights from 0 to 1, got {lam.tolist()}")
     return lam
 
-# %% ../nbs/api/20_callback.ipynb #80c29c5f
+# %% ../nbs/api/20_callback.ipynb #ba6129c9
 def mixer_of(learn):
     "The callback of `learn` that mixes, or `None`"
     return next((cb for cb in learn.cbs if isinstance(cb, MixCallback)), None)
@@ -121,16 +121,17 @@ def mixer_of(learn):
 def _with_scope(one_batch):
     @wraps(one_batch)
     def scoped(self, i, b):
+        outermost = type(self).one_batch is scoped # and not called by that of a subclass
         cb = next((cb for cb in self.cbs if hasattr(type(cb), 'enter_batch')), None) # also one of a version of this module loaded later
-        if cb is None: return one_batch(self, i, b)
+        if cb is None or not outermost: return one_batch(self, i, b)
         with ExitStack() as scope: cb.enter_batch(scope, self); one_batch(self, i, b) # one line: Ctrl-C finds none between batch and end
-    scoped.has_scope = True
+    scoped.scoped = scoped # itself, which a wrapper around it is not
     return scoped
 
 def _ensure_scope(learner_class):
     "Let `one_batch` of a class of Learners run within the scope of its mixing callback"
     owner = next(c for c in learner_class.__mro__ if 'one_batch' in vars(c))
-    if not hasattr(owner.one_batch, 'has_scope'): owner.one_batch = _with_scope(owner.one_batch)
+    if getattr(owner.one_batch, 'scoped', None) is not owner.one_batch: owner.one_batch = _with_scope(owner.one_batch)
 
 # %% ../nbs/api/20_callback.ipynb #763eed3d
 class MixCallback(Callback):

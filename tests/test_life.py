@@ -336,3 +336,19 @@ def test_tensors_of_the_loader_are_left_as_they_were(kind):
     learn.fit(2)
     check(learn, 4, 4)
     for (x,y),(x0,y0) in zip(data, batches(kind)): assert torch.equal(x, x0) and torch.equal(y, y0) and not vars(x) and not vars(y)
+
+class Counted(Learner):
+    def one_batch(self, i, b): return super().one_batch(i, b)
+
+@each_kind
+def test_one_scope_where_a_subclass_calls_the_base(kind):
+    "Whether or not the base has its scope already: one fit, whose draws last"
+    first = learner(kind)
+    first.fit(1)
+    fits = []
+    for cls in Learner,Counted:
+        learn = learner(kind, At('after_pred', lambda learn: fits.append(mixer(learn).fit)))
+        learn.__class__ = cls
+        learn.fit(2)
+        check(learn, 4, 4)
+    assert len({id(o) for o in fits[:4]}) == len({id(o) for o in fits[4:]}) == 1 and len(fits) == 8

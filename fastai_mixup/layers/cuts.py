@@ -7,11 +7,11 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/cuts.html.md"""
 # %% auto #0
 __all__ = ['Cut', 'find_cuts', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../../nbs/api/13_cuts.ipynb #53c48273
+# %% ../../nbs/api/13_cuts.ipynb #f666e54a
 import random
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from unittest.mock import patch as replaced
 from warnings import warn
@@ -242,12 +242,7 @@ def _in_chunks(model):
     "Layers that are called once for each chunk of a text, and then not with all rows"
     return {layer for m in model.modules() if hasattr(m, 'bptt') for layer in m.modules() if layer is not m}
 
-# %% ../../nbs/api/13_cuts.ipynb #9f5525fc
-def _needed(calls, counts):
-    "The calls, without outputs on which the prediction does not depend, such as the last state of a recurrent layer"
-    def keep(call, of): return {path: o for path,o in of.items() if counts.after.get(call.nodes[path])}
-    return [replace(call, nodes=keep(call, call.nodes), shapes=keep(call, call.shapes)) for call in calls]
-
+# %% ../../nbs/api/13_cuts.ipynb #bda3e686
 def _as_cut(name, module, first, second, last, n, m):
     dims = [_batch_dims(a, b, n, m) for a,b in zip(first, second)]
     if not all(dims): return None
@@ -275,7 +270,7 @@ def find_cuts(
     for module,first in sorted(calls.items(), key=lambda o: o[1][-1].depth):
         second = again.get(module, [])
         if module in chunked or len(first) != len(second) or not (counts.is_cut(nodes(first)) and others.is_cut(nodes(second))): continue
-        cut = _as_cut(names[module], module, _needed(first, counts), _needed(second, others), last, n, m)
+        cut = _as_cut(names[module], module, first, second, last, n, m)
         if cut is not None: cuts.append(cut)
     cuts.memory = memory
     cuts.irregular = {names[o] for o in {*calls, *again} if len(calls.get(o, ())) != len(again.get(o, ()))}
