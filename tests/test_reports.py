@@ -467,6 +467,7 @@ CHANCES = dict(torch=lambda: torch.rand(()), item=lambda: torch.rand([]).item(),
     uniform=lambda: torch.empty(1).uniform_(), bernoulli=_bernoulli, python=_python, numpy=_numpy,
     whole=lambda: torch.randint(0, 100, (1,)).item()/100, high=lambda: torch.randint(high=100, size=(1,)).item()/100,
     python_whole=lambda: random.randint(0, 99)/100, python_range=lambda: random.randrange(100)/100,
+    python_between=lambda: random.uniform(-5., 5.)/10+.5, numpy_between=lambda: np.random.uniform(0, 10)/10,
     python_choice=lambda: random.choice([0, 1]),
     numpy_whole=lambda: np.random.randint(100)/100, numpy_choice=lambda: np.random.choice([0, 1]))
 @pytest.mark.parametrize('rate', [.05, .5])
@@ -663,6 +664,12 @@ def test_targets_are_told_one_by_one():
     lam,index,own = page.plan.lam.view(-1, 1, 1),page.plan.index,own_positions(x, learn.model.x)
     close(page.loss, F.mse_loss(page.pred[0], lam*table + (1-lam)*table[index])
         + F.cross_entropy(page.pred[1], torch.where(own[:,0], mask, mask[index])))
+
+def test_an_option_for_each_target():
+    x = filled(1, 10)
+    with pytest.raises(ValueError, match='targets must hold an option for each target'):
+        pages([(x, torch.randn(N, 3), torch.randn(N, 3))], lambda p,t,u: F.mse_loss(p, t) + F.mse_loss(p, u), Keep(x, 3),
+            CutMix(targets=['average']))
 
 def test_indices_have_no_average():
     "`targets='average'` of class indices is the average of their losses"

@@ -86,17 +86,18 @@ def _bounds(*args, low=0, high=None, **_):
     given = [o for o in args if isinstance(o, int)] # and then the size
     return range(*given) if given and high is None else range(*given or [low], high)
 
-# %% ../../nbs/api/13_cuts.ipynb #d0e64e3f
+# %% ../../nbs/api/13_cuts.ipynb #7b18930a
 @contextmanager
 def _chance(value):
     "Single random numbers and choices of torch, Python and numpy are those at `value` of their range"
     def number(*_, **__): return value
+    def between(low=0., high=1., *_, **__): return low + value*(high-low)
     def whole(*args, **kwargs): return _at(value, _bounds(*args, **kwargs))
     def to_the_end(a, b): return _at(value, range(a, b+1))
     def one_of(among, *_, **__): return _at(value, among if hasattr(among, '__len__') else range(among))
     def single(stock, draw): return lambda *args, **kwargs: draw(*args, **kwargs) if np.ndim(o := stock(*args, **kwargs)) == 0 else o
-    python = dict(random=number, uniform=number, randrange=whole, randint=to_the_end, choice=one_of)
-    arrays = dict(rand=number, random=number, uniform=number, randint=whole, choice=one_of)
+    python = dict(random=number, uniform=between, randrange=whole, randint=to_the_end, choice=one_of)
+    arrays = dict(rand=number, random=number, uniform=between, randint=whole, choice=one_of)
     with ExitStack() as stack:
         stack.enter_context(replaced.multiple(random, **python))
         stack.enter_context(replaced.multiple(np.random, **{k: single(getattr(np.random, k), draw) for k,draw in arrays.items()}))

@@ -39,7 +39,7 @@ def check_targets(yb:tuple, n:int):
             f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} "
             "items.")
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #0e759ccf
+# %% ../../nbs/api/07_mixed_loss.ipynb #adf0230c
 def check_targets_option(targets, recipe):
     "Return the option `targets`, or raise a `ValueError` that says what it may be"
     for o in targets if isinstance(targets, list) else [targets]: check_choice('targets', o, (None, 'average', 'losses', 'paste'))
@@ -49,7 +49,9 @@ def check_targets_option(targets, recipe):
 
 def target_option(targets, path):
     "What the option says of the target at `path`"
-    return targets[path[0]] if isinstance(targets, list) and path[0] < len(targets) else None if isinstance(targets, list) else targets
+    if not isinstance(targets, list): return targets
+    if path[0] < len(targets): return targets[path[0]]
+    raise ValueError(f"targets must hold an option for each target, or be one for all, got {targets!r} and a target {path[0]}")
 
 def how_mixed(y:Tensor, pred, spec:LossSpec, plan:Plan, targets:str|None=None)->str:
     "'average', 'losses' or 'paste': how a target is mixed. The user's `targets` decides; a `ValueError` where it cannot be known"
