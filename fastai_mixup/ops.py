@@ -68,7 +68,7 @@ class Others:
             "made from them.")
         return self.known[_geometry(x)][1]
 
-# %% ../nbs/api/02_ops.ipynb #040aeab3
+# %% ../nbs/api/02_ops.ipynb #5478f637
 def _arranged_as(x, o):
     "`o` in the memory format of `x`, such as channels last"
     return o if o.stride() == x.stride() else torch.empty_like(x).copy_(o)
@@ -80,15 +80,16 @@ def partners(
 )->Tensor: # Shape, type and memory format of `x`
     "`x` with each row replaced by its partner's"
     if isinstance(perm, Others): return perm(x)
-    if isinstance(perm, int): return x.roll(-perm, dim)
+    if isinstance(perm, int): return _arranged_as(x, x.roll(-perm, dim))
     return _arranged_as(x, x.index_select(dim, perm.to(x.device)))
 
-# %% ../nbs/api/02_ops.ipynb #26fa9f73
+# %% ../nbs/api/02_ops.ipynb #ae0cbe51
 def broadcast_lam(lam:Tensor, x:Tensor, dim:int=0)->Tensor:
     "`lam`, one weight per row or as many dimensions as `x`, so that it broadcasts with `x` along `dim`: at least float32, or bool"
     if lam.dtype == torch.bool: dtype = torch.bool
     else: dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
-    lam = lam.to(device=x.device, dtype=dtype, non_blocking=True)
+    if lam.dtype != dtype or lam.device != x.device: lam = lam.to(device=x.device, dtype=dtype, non_blocking=True)
+    if lam.ndim == x.ndim: return lam
     return lam.view([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]) if lam.ndim == 1 else lam
 
 # %% ../nbs/api/02_ops.ipynb #95358fbd
@@ -140,15 +141,18 @@ def _complex(x, lam, f):
     "`f` of the real and imaginary parts of `x` as numbers of their own"
     return torch.view_as_complex(f(torch.view_as_real(x), lam if lam.ndim == 1 else lam.unsqueeze(-1)))
 
-# %% ../nbs/api/02_ops.ipynb #54cc9f30
+# %% ../nbs/api/02_ops.ipynb #c3d37b29
+_SMALL = 2**16 # Elements
+
 def _blend(x, lam, perm, dim, out=None):
     if x.is_complex() and lam.dtype != torch.bool: return _complex(x, lam, lambda x,lam: _blend(x, lam, perm, dim))
     weight,has_whole = broadcast_lam(lam, x, dim),getattr(lam, 'has_whole', None)
     if weight.dtype not in (x.dtype, torch.bool): return _blend(x.to(weight.dtype), lam, perm, dim).to(x.dtype)
     needs_grad = x.requires_grad and torch.is_grad_enabled()
-    if isinstance(perm, int) and needs_grad: return _BlendRotated.apply(x, weight, perm, dim, has_whole)
-    out = None if out is None or needs_grad else out.like(x)
-    if not isinstance(perm, int): return average(x, partners(x, perm, dim), weight, out, has_whole)
+    is_small = x.numel() <= _SMALL
+    out = None if out is None or needs_grad or is_small else out.like(x)
+    if is_small or not isinstance(perm, int): return average(x, partners(x, perm, dim), weight, out, has_whole)
+    if needs_grad: return _BlendRotated.apply(x, weight, perm, dim, has_whole)
     return _rotate(x, weight, perm, dim, torch.empty_like(x) if out is None else out, has_whole)
 
 # %% ../nbs/api/02_ops.ipynb #478cc52d

@@ -14,26 +14,24 @@ from torch import Tensor
 
 from ..compat import plainly
 
-# %% ../../nbs/api/05_cross_entropy.ipynb #aef1c8f3
+# %% ../../nbs/api/05_cross_entropy.ipynb #655e2a19
 class _SparseTargetCE(torch.autograd.Function):
-    "`-sum_c t_c*log_softmax(pred)_c`, `t` = `coef` at the classes `idx` + `smooth*weight` everywhere: by row, or the sum over `total`"
+    "`-sum_c t_c*log_softmax(pred)_c` of each row, `t` = `coef` at the classes `idx` + `smooth*weight` everywhere"
     @staticmethod
-    def forward(ctx, pred, axis, idx, coef, smooth, weight, total, empty_is_zero):
+    def forward(ctx, pred, axis, idx, coef, smooth, weight):
         probs = F.softmax(pred, axis, dtype=coef.dtype)
         top,log_top = pred.amax(axis, keepdim=True).to(coef.dtype),probs.amax(axis, keepdim=True).log_()
-        dims = axis if total is None else None
-        loss = (top - _gather(pred, axis, idx) - log_top).masked_fill_(coef == 0, 0).mul_(coef).sum(dims)
-        if smooth is not None: loss -= (smooth*_sum_of_logs(pred, axis, top - log_top, weight)).sum(dims)
+        loss = (top - _gather(pred, axis, idx) - log_top).masked_fill_(coef == 0, 0).mul_(coef).sum(axis)
+        if smooth is not None: loss -= (smooth*_sum_of_logs(pred, axis, top - log_top, weight)).sum(axis)
         ctx.axis,ctx.probs = axis,probs if ctx.needs_input_grad[0] else None
-        divisor = None if total is None else total.where(total != 0, 1)
-        ctx.save_for_backward(pred, idx, coef, smooth, weight, divisor)
-        return loss if total is None else loss/(divisor if empty_is_zero else total)
+        ctx.save_for_backward(pred, idx, coef, smooth, weight)
+        return loss
 
     @staticmethod
     def backward(ctx, g):
-        pred,idx,coef,smooth,weight,divisor = ctx.saved_tensors
+        pred,idx,coef,smooth,weight = ctx.saved_tensors
         axis = ctx.axis
-        g = g.unsqueeze(axis) if divisor is None else g/divisor
+        g = g.unsqueeze(axis)
         at_idx = g*coef
         whole = at_idx.sum(axis, keepdim=True)
         if smooth is not None:
@@ -46,7 +44,7 @@ class _SparseTargetCE(torch.autograd.Function):
         else:
             grad = _take_probs(ctx, pred, coef.dtype).mul_(whole).scatter_add_(axis, idx, -at_idx)
             if smooth is not None: grad -= everywhere
-        return grad.to(pred.dtype), *[None]*7
+        return grad.to(pred.dtype), *[None]*5
 
 # %% ../../nbs/api/05_cross_entropy.ipynb #be5c7d55
 def _sum_of_logs(pred, axis, log_sum, weight):
@@ -65,6 +63,17 @@ def _gather(pred, axis, idx):
         if 'out of bounds' not in str(e): raise
         found = f"from {idx.min()} to {idx.max()}"
         raise IndexError(f"Targets must be class indices from 0 to {pred.shape[axis]-1} (or `ignore_index`), got {found}") from None
+
+# %% ../../nbs/api/05_cross_entropy.ipynb #6db5551c
+_SMALL = 2**16 # Elements, from where on passes over memory cost more than calls
+
+def _by_autograd(pred, axis, idx, coef, smooth, weight):
+    logs = F.log_softmax(pred, axis, dtype=coef.dtype)
+    loss = (_gather(logs, axis, idx).masked_fill(coef == 0, 0)*coef).sum(axis)
+    if smooth is not None: loss = loss + (smooth*(logs if weight is None else logs*weight)).sum(axis)
+    return -loss
+
+def _row_losses(pred, *args): return (_by_autograd if pred.numel() <= _SMALL else _SparseTargetCE.apply)(pred, *args)
 
 # %% ../../nbs/api/05_cross_entropy.ipynb #d626655f
 def reduce_loss(loss:Tensor, reduction:str, weight:Tensor|None=None)->Tensor:
@@ -87,18 +96,38 @@ def fit_target(target:Tensor, pred:Tensor, axis:int, flatten:bool=False)->Tensor
     raise ValueError(f"Predictions of shape {tuple(pred.shape)} with classes along axis {axis} need targets of shape {tuple(shape)}, "
                      f"got {tuple(target.shape)}. (For masks, fastai's and our flat losses take axis=1.)")
 
-# %% ../../nbs/api/05_cross_entropy.ipynb #2b86f63f
+# %% ../../nbs/api/05_cross_entropy.ipynb #6c3c2f6d
 def _check_weight(weight, n):
     if weight.shape != (n,): raise ValueError(f"weight must hold one number per class, shape ({n},), got shape {tuple(weight.shape)}")
     return weight
 
 def _result_dtype(pred):
     "Under autocast torch's losses are float32 at least"
+    if pred.dtype.itemsize >= 4: return pred.dtype
     device = pred.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.promote_types(pred.dtype, torch.float32) if autocast else pred.dtype
 
-# %% ../../nbs/api/05_cross_entropy.ipynb #e6a6a70b
+# %% ../../nbs/api/05_cross_entropy.ipynb #2eac1130
+def _classes_and_shares(target, partner, lam, axis, dtype):
+    if partner is None: return target.long().unsqueeze(axis),torch.ones_like(target, dtype=dtype).unsqueeze(axis)
+    lam = lam.to(dtype)
+    return torch.stack([target, partner], axis).long(),torch.stack([lam, 1-lam], axis)
+
+def _is_known_to_be_all(valid):
+    return valid.device.type == 'cpu' and valid.numel() > 0 and not torch.compiler.is_compiling() and bool(valid.all())
+
+def _divided(x, total):
+    return x if total is None or x is None else x/(total.where(total != 0, 1) if isinstance(total, Tensor) else total)
+
+# %% ../../nbs/api/05_cross_entropy.ipynb #b08b7b95
+def _smoothed(used, share, weight, eps, pred, axis):
+    "The weights at the classes, those everywhere, and the classes' own for these"
+    if not eps: return used,None,None
+    everywhere = share.sum(axis, keepdim=True)*(eps/pred.shape[axis])
+    return used*(1-eps),everywhere,None if weight is None else weight.view([-1 if d == axis else 1 for d in range(pred.ndim)])
+
+# %% ../../nbs/api/05_cross_entropy.ipynb #3f8508dc
 @plainly
 def cross_entropy(
     pred:Tensor, # Logits, classes along `axis`
@@ -114,18 +143,15 @@ def cross_entropy(
 )->Tensor: # A scalar, or for 'none' the shape of `target`; dtype of `pred`, at least float32 under autocast
     "`F.cross_entropy` for targets that are mixed: `lam` parts of `target` and `1-lam` of `partner`"
     axis = axis % pred.ndim
-    idx = (target.unsqueeze(axis) if partner is None else torch.stack([target, partner], axis)).long()
+    idx,share = _classes_and_shares(target, partner, lam, axis, torch.promote_types(pred.dtype, torch.float32))
     valid = idx != ignore_index
-    idx = idx.where(valid, 0)
-    dtype = torch.promote_types(pred.dtype, torch.float32)
-    share = valid.to(dtype) if lam is None else valid * torch.stack([lam.to(dtype), 1-lam.to(dtype)], axis)
-    if weight is not None: weight = _check_weight(weight, pred.shape[axis]).to(dtype)
+    all_count = _is_known_to_be_all(valid)
+    if not all_count: idx,share = idx.where(valid, 0),share*valid
+    if weight is not None: weight = _check_weight(weight, pred.shape[axis]).to(share.dtype)
     used = share if weight is None else share*weight[idx]
-    smooth = shaped = None
-    if label_smoothing:
-        smooth = share.sum(axis, keepdim=True) * (label_smoothing/pred.shape[axis])
-        if weight is not None: shaped = weight.view([-1 if d == axis else 1 for d in range(pred.ndim)])
-    total = used.sum() if reduction == 'mean' else None
-    coef = used*(1-label_smoothing) if label_smoothing else used
-    loss = _SparseTargetCE.apply(pred, axis, idx, coef, smooth, shaped, total, empty_is_zero)
-    return (loss.sum() if reduction == 'sum' else loss).to(_result_dtype(pred))
+    total = None if reduction != 'mean' else target.numel() if all_count and weight is None else used.sum()
+    coef,smooth,shaped = _smoothed(used, share, weight, label_smoothing, pred, axis)
+    loss = _row_losses(pred, axis, idx, _divided(coef, total), _divided(smooth, total), shaped)
+    if reduction != 'none': loss = loss.sum()
+    if isinstance(total, Tensor) and not empty_is_zero: loss = loss.masked_fill(total == 0, torch.nan)
+    return loss.to(_result_dtype(pred))

@@ -22,12 +22,13 @@ from ..ops import average, broadcast_lam, holds_points, is_number, leaves, map_l
 from .cross_entropy import cross_entropy, fit_target, reduce_loss
 from .spec import LossSpec, loss_spec
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #9dc9dcad
+# %% ../../nbs/api/07_mixed_loss.ipynb #58224f39
 def _name(path): return 'Target ' + '/'.join(map(str, path))
 
 @plainly
 def check_targets(yb:tuple, n:int):
     "Raise a `TypeError` or `ValueError` that names the first target that cannot be mixed, with what to do"
+    if all(type(y) is Tensor and y.ndim and len(y) == n and y.layout == torch.strided for y in yb): return # as mostly
     for y,path in leaves(yb):
         if not isinstance(y, Tensor): raise TypeError(
             f"{_name(path)} is a {type(y).__name__}, which cannot be mixed. Encode it as a tensor with one row per item, or train "
