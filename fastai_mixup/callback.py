@@ -341,8 +341,9 @@ def _wrap_loss(self:MixCallback):
     learn = self.running.learn
     learn.loss_func = MixedLoss(user_loss(learn.loss_func), self.running.loss)
 
-# %% ../nbs/api/20_callback.ipynb #524394a9
+# %% ../nbs/api/20_callback.ipynb #f9714f08
 @patch
+@plainly
 def _batch(self:MixCallback, forward):
     "What methods may know of the running batch"
     learn,fit = self.learn,self.fit

@@ -92,7 +92,7 @@ def broadcast_lam(lam:Tensor, x:Tensor, dim:int=0)->Tensor:
     if lam.ndim == x.ndim: return lam
     return lam.view([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]) if lam.ndim == 1 else lam
 
-# %% ../nbs/api/02_ops.ipynb #95358fbd
+# %% ../nbs/api/02_ops.ipynb #3cdfbc2d
 def average(x, partner, weight, out=None, has_whole=None):
     "`weight` parts of `x` and the rest of `partner`; weights broadcast, and booleans select"
     out = {} if out is None else {'out': out}
@@ -104,11 +104,10 @@ def _with_copies(res, x, partner, weight, out):
     "`res`, where what has a weight of 1 or 0 is copied; on the CPU only if that may differ"
     on_cpu,dims = weight.device.type == 'cpu',[d for d,n in enumerate(weight.shape) if n > 1]
     if on_cpu and len(dims) != 1 and res.detach().sum().isfinite(): return res # infinities and NaN would reach the sum
-    whole = (weight == 1) | (weight == 0)
-    if not on_cpu or len(dims) != 1: return torch.where(whole, torch.where(weight == 1, x, partner), res, **out)
-    rows = whole.flatten().nonzero().flatten()
-    own,other,w = (o.index_select(dims[0], rows) for o in (x, partner, weight))
-    return res.index_copy_(dims[0], rows, torch.where(w == 1, own, other)) if len(rows) else res
+    if not on_cpu or len(dims) != 1: return torch.where(weight == 1, x, torch.where(weight == 0, partner, res), **out)
+    for value,source in (1, x),(0, partner):
+        for row in (weight.flatten() == value).nonzero().flatten().tolist(): res.select(dims[0], row).copy_(source.select(dims[0], row))
+    return res
 
 # %% ../nbs/api/02_ops.ipynb #cdaec547
 def _cut(x, at, dim): return x.split_with_sizes((at, x.shape[dim]-at), dim)
@@ -141,7 +140,7 @@ def _complex(x, lam, f):
     "`f` of the real and imaginary parts of `x` as numbers of their own"
     return torch.view_as_complex(f(torch.view_as_real(x), lam if lam.ndim == 1 else lam.unsqueeze(-1)))
 
-# %% ../nbs/api/02_ops.ipynb #c3d37b29
+# %% ../nbs/api/02_ops.ipynb #ea3e111f
 _SMALL = 2**16 # Elements
 
 def _blend(x, lam, perm, dim, out=None):
@@ -149,7 +148,7 @@ def _blend(x, lam, perm, dim, out=None):
     weight,has_whole = broadcast_lam(lam, x, dim),getattr(lam, 'has_whole', None)
     if weight.dtype not in (x.dtype, torch.bool): return _blend(x.to(weight.dtype), lam, perm, dim).to(x.dtype)
     needs_grad = x.requires_grad and torch.is_grad_enabled()
-    is_small = x.numel() <= _SMALL
+    is_small = x.device.type == 'cpu' and x.numel() <= _SMALL
     out = None if out is None or needs_grad or is_small else out.like(x)
     if is_small or not isinstance(perm, int): return average(x, partners(x, perm, dim), weight, out, has_whole)
     if needs_grad: return _BlendRotated.apply(x, weight, perm, dim, has_whole)
