@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/callback.html.md"""
 # %% auto #0
 __all__ = ['MixUpCallback', 'MixedBatch', 'mixer_of', 'MixCallback', 'MixUpMethod', 'MixUp']
 
-# %% ../nbs/api/20_callback.ipynb #efc9cbdd
+# %% ../nbs/api/20_callback.ipynb #ec9eaf3d
 import copy
 import inspect
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from .checks import check_callable, check_choice, check_whole, unknown_parameter
 from .compat import is_compiled, plainly
 from .layers.forward import ForwardPass
 from .layers.inputs import InputMixer, Inputs, check_inputs_option, is_sharded
-from .losses.mixed import MixedLoss, check_targets, check_targets_option, mixed_loss, user_loss
+from .losses.mixed import MixedLoss, check_targets, check_targets_option, mixed_loss, target_options, user_loss
 from .losses.spec import LossSpec, loss_spec
 from .masks import SpatialLayout
 from .ops import is_number, tensors
@@ -56,11 +56,16 @@ class Fit:
         if self.spec is None or self.spec.loss_func is not loss_func: self.spec = loss_spec(loss_func)
         return self.spec
 
-# %% ../nbs/api/20_callback.ipynb #308b733a
+# %% ../nbs/api/20_callback.ipynb #d65b4a34
 @dataclass
 class MixedBatch:
     "A running batch that is mixed, and how"
-    cb:object; learn:object; fit:Fit; batch:Batch; plan:Plan; layer:object
+    cb:object # The `MixCallback`
+    learn:object # The Learner that trains on it
+    fit:Fit
+    batch:Batch # As the method saw it, with the unmixed inputs and targets
+    plan:Plan
+    layer:object # Where it is mixed: `Inputs`, a `RandomLayer`, ...
     forward:ForwardPass|None=None # For layers that mix in the forward pass
     over:bool=False # Has the batch ended?
     taken:bool=False # Was a mixed loss taken?
@@ -341,7 +346,7 @@ def _wrap_loss(self:MixCallback):
     learn = self.running.learn
     learn.loss_func = MixedLoss(user_loss(learn.loss_func), self.running.loss)
 
-# %% ../nbs/api/20_callback.ipynb #f9714f08
+# %% ../nbs/api/20_callback.ipynb #91a29bf2
 @patch
 @plainly
 def _batch(self:MixCallback, forward):
@@ -351,9 +356,10 @@ def _batch(self:MixCallback, forward):
     if fit.inputs is None:
         fit.inputs = InputMixer(learn.model, learn.xb, self.inputs, self.layout)
         fit.inputs.check_no_labels(learn.xb, learn.yb, n)
-    shared = not per_item and ('losses' in (self.targets or ()) or any(not is_number(y) for y in tensors(learn.yb)))
+    shared = not per_item and ('losses' in target_options(self.targets) or any(not is_number(y) for y in tensors(learn.yb)))
     pct,epoch = (0., 0) if fit.is_finding else (getattr(learn, 'pct_train', 0.), getattr(learn, 'epoch', 0))
-    batch = Batch(learn.xb, learn.yb, n, device, pct, epoch, shared, per_item, fit.draws, fit.memory, fit.inputs)
+    batch = Batch(learn.xb, learn.yb, n, device, pct=pct, epoch=epoch, shared=shared, per_item=per_item, draws=fit.draws,
+                  memory=fit.memory, inputs=fit.inputs)
     if self.recipe.needs_model: batch.model,batch.loss_func,batch.forward = learn.model,user_loss(learn.loss_func),forward
     return batch
 
@@ -364,6 +370,7 @@ def _size(learn):
         if isinstance(o, Tensor) and o.ndim: return len(o),o.device
     return next(((len(o), o.device) for o in tensors(batch) if o.ndim), (0, None))
 
+# %% ../nbs/api/20_callback.ipynb #8410d8de
 @patch
 @plainly
 def _draw(self:MixCallback, batch):

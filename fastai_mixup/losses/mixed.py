@@ -40,11 +40,15 @@ def check_targets(yb:tuple, n:int):
             f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} "
             "items.")
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #adf0230c
+# %% ../../nbs/api/07_mixed_loss.ipynb #67531937
+def target_options(targets):
+    "The option `targets` as a list"
+    return targets if isinstance(targets, list) else [targets]
+
 def check_targets_option(targets, recipe):
     "Return the option `targets`, or raise a `ValueError` that says what it may be"
-    for o in targets if isinstance(targets, list) else [targets]: check_choice('targets', o, (None, 'average', 'losses', 'paste'))
-    if 'paste' in (targets or ()) and not recipe.needs_positions: raise ValueError(
+    for o in target_options(targets): check_choice('targets', o, (None, 'average', 'losses', 'paste'))
+    if 'paste' in target_options(targets) and not recipe.needs_positions: raise ValueError(
         f"targets='paste' needs a method with a mask, such as `CutMix`: {recipe.name} mixes whole items. Use 'average' or 'losses'.")
     return targets
 
