@@ -21,7 +21,7 @@ from .batch import Batch, Plan
 from .compat import plainly
 from .ops import Others, blend, blend_with, is_number
 
-# %% ../nbs/api/04_masks.ipynb #57a39871
+# %% ../nbs/api/04_masks.ipynb #95dcfbb6
 @dataclass(frozen=True)
 class SpatialLayout:
     "Which dimensions of a tensor are positions"
@@ -32,6 +32,12 @@ class SpatialLayout:
         "The number of spatial dimensions of `x`; 0 if it has none"
         if self.spatial_dims is None: return x.ndim-2 if 3 <= x.ndim <= 5 else 0
         return self.spatial_dims if x.ndim > self.spatial_dims+self.channels_last else 0
+
+    def half(self, x):
+        "The first half of the positions of `x`"
+        last = x.ndim - self.channels_last
+        for d in range(last-self.count(x), last): x = x.narrow(d, 0, -(-x.shape[d]//2))
+        return x
 
     def check(self, x):
         "Raise a `ValueError` if `x` may hold volumes, or videos"
