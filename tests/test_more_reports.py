@@ -1,9 +1,11 @@
 "More of the kinds that users reported: variants, each with the right value by hand."
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import Callback, CrossEntropyLossFlat, nn
-from test_reports import EYE, C, N, Net, Y, close, pages
+from fastai.basics import BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, MSELossFlat, nn
+from test_reports import EYE, C, Keep, N, Net, Y, close, filled, learner, pages
 
 from fastai_mixup.all import *
 
@@ -82,3 +84,72 @@ def test_channels_last_is_the_same_training(make, features):
     losses = [[page.loss for page in pages([(along(x, dim), Y)]*3, CrossEntropyLossFlat(), Pointwise(features, dim, dim),
         make(channels_last=dim == -1), lr=.1)] for dim in (1, -1)]
     close(*map(torch.stack, losses))
+
+# What is a map and what is none
+
+def step_shares(page): return page.plan.mask((20,))
+
+@pytest.mark.parametrize('loss', [nn.MSELoss(), lambda p,y: F.l1_loss(p, y), MSELossFlat()], ids=['torch', 'own', 'fastai'])
+def test_numbers_beside_as_many_steps_are_asked_for(loss):
+    "One number for each time step, or 20 numbers of an item: the shape does not tell"
+    x,t = filled(3, 20),torch.randn(N, 20)
+    with pytest.raises(ValueError, match="targets='paste'.*targets='average'"): pages([(x, t)], loss, Keep(x, 20), CutMix())
+    for targets in 'paste','average':
+        page, = pages([(x, t)], loss, Keep(x, 20), CutMix(targets=targets))
+        own = step_shares(page) if targets == 'paste' else page.plan.lam[:,None]
+        close(page.loss, loss(page.pred, own*t + (1-own)*t[page.plan.index]))
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), LabelSmoothingCE(), BCEWithLogitsLossFlat(),
+    nn.BCEWithLogitsLoss(), nn.MultiLabelSoftMarginLoss()], ids=lambda o: type(o).__name__)
+def test_rows_of_classes_beside_as_many_steps(loss):
+    "Soft labels and several labels of an item are no maps, even where there are as many classes as time steps"
+    x,t = filled(3, 20),torch.rand(N, 20).softmax(1)
+    page, = pages([(x, t)], loss, Keep(x, 20), CutMix())
+    lam = page.plan.lam[:,None]
+    close(page.loss, loss(page.pred, lam*t + (1-lam)*t[page.plan.index]))
+
+@pytest.mark.parametrize('size', [(8, 8), (2, 2), (16, 16), (4, 4)], ids=str)
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(axis=1)], ids=['torch', 'fastai'])
+def test_tables_of_classes_are_asked_for(size, loss):
+    "A board of 8 x 8 fields, or a coarse segmentation"
+    x,y = filled(3, 32, 32),torch.randint(C, (N, *size))
+    with pytest.raises(ValueError, match="targets='paste'.*targets='average'"): pages([(x, y)], loss, Keep(x, C, *size), CutMix())
+    for targets in 'paste','average','losses':
+        page, = pages([(x, y)], loss, Keep(x, C, *size), CutMix(targets=targets))
+        own = (page.plan.mask(size) >= .5).float() if targets == 'paste' else page.plan.lam.view(N, 1, 1)
+        def ce(y): return F.cross_entropy(page.pred, y, reduction='none')
+        close(page.loss, (own*ce(y) + (1-own)*ce(y[page.plan.index])).mean())
+
+@pytest.mark.parametrize('dtype', [torch.long, torch.bool])
+def test_adjacency_matrices_are_asked_for(dtype):
+    x,y = filled(3, 32, 32),(torch.rand(N, 8, 8) < .3).to(dtype)
+    def own(p, y): return F.binary_cross_entropy_with_logits(p, y.float())
+    with pytest.raises(ValueError, match="targets='paste'.*targets='average'"): pages([(x, y)], own, Keep(x, 8, 8), CutMix())
+
+# Marks in the targets of an accuracy
+
+def accuracy_of(loss_func, x, y, metric, net, mix):
+    learn = learner([(x, y)], loss_func, net, mix, metrics=[metric], valid=[(x, y)])
+    learn.fit(1)
+    with torch.no_grad(): return learn.recorder.values[-1][-1],learn.model(x)
+
+@pytest.mark.parametrize('mark', [-1, 255, -100])
+@pytest.mark.parametrize('make', [CrossEntropyLossFlat, nn.CrossEntropyLoss, LabelSmoothingCE, partial(partial, F.cross_entropy)],
+    ids=['fastai', 'torch', 'smoothing', 'function'])
+def test_what_the_loss_ignores_does_not_count(make, mark):
+    y = torch.where(torch.arange(N) % 3 == 0, mark, Y)
+    found,pred = accuracy_of(make(ignore_index=mark), EYE, y, MixedAccuracy(), Net(), MixUp(1.))
+    close(found, (pred.argmax(1) == y)[y != mark].float().mean())
+
+def test_an_ignored_class_of_masks():
+    x,y = filled(3, 8, 8),torch.randint(C, (N, 8, 8))
+    y[:,:4] = 255
+    found,pred = accuracy_of(CrossEntropyLossFlat(axis=1, ignore_index=255), x, y, MixedAccuracy(axis=1), Keep(x, C, 8, 8), CutMix())
+    close(found, (pred.argmax(1) == y)[y != 255].float().mean())
+
+@pytest.mark.parametrize('mark,metric', [(-1., MixedAccuracy(ignore_index=-1)), (torch.nan, MixedAccuracy())])
+def test_marks_in_several_labels(mark, metric):
+    y = (torch.rand(N, C) < .5).float().masked_fill(torch.rand(N, C) < .4, mark)
+    found,pred = accuracy_of(BCEWithLogitsLossFlat(), EYE, y, metric, Net(), MixUp(1., targets='losses'))
+    known = (y == 0) | (y == 1)
+    close(found, ((pred > 0) == (y > .5))[known].float().mean())
