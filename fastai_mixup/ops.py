@@ -94,23 +94,15 @@ def broadcast_lam(lam:Tensor, x:Tensor, dim:int=0)->Tensor:
     lam = lam.to(device=x.device, dtype=dtype, non_blocking=True)
     return lam.view([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]) if lam.ndim == 1 else lam
 
-# %% ../nbs/api/02_ops.ipynb #95358fbd
+# %% ../nbs/api/02_ops.ipynb #8a51e945
 def average(x, partner, weight, out=None, has_whole=None):
     "`weight` parts of `x` and the rest of `partner`; weights broadcast, and booleans select"
-    out = {} if out is None else {'out': out}
+    out,on_cpu = {} if out is None else {'out': out},weight.device.type == 'cpu'
     if weight.dtype == torch.bool: return torch.where(weight, x, partner, **out)
     res = torch.lerp(partner, x, weight, **out)
-    return res if has_whole is False else _with_copies(res, x, partner, weight, out)
-
-def _with_copies(res, x, partner, weight, out):
-    "`res`, where what has a weight of 1 or 0 is copied; on the CPU only if that may differ"
-    on_cpu,dims = weight.device.type == 'cpu',[d for d,n in enumerate(weight.shape) if n > 1]
-    if on_cpu and len(dims) != 1 and res.detach().sum().isfinite(): return res # infinities and NaN would reach the sum
-    whole = (weight == 1) | (weight == 0)
-    if not on_cpu or len(dims) != 1: return torch.where(whole, torch.where(weight == 1, x, partner), res, **out)
-    rows = whole.flatten().nonzero().flatten()
-    own,other,w = (o.index_select(dims[0], rows) for o in (x, partner, weight))
-    return res.index_copy_(dims[0], rows, torch.where(w == 1, own, other)) if len(rows) else res
+    if res.detach().sum().isfinite() if on_cpu else has_whole is False: return res # infinities and NaN would reach the sum
+    if on_cpu: res = torch.addcmul(partner*(1-weight), x, weight)
+    return torch.where(weight == 1, x, torch.where(weight == 0, partner, res), **out)
 
 # %% ../nbs/api/02_ops.ipynb #cdaec547
 def _cut(x, at, dim): return x.split_with_sizes((at, x.shape[dim]-at), dim)

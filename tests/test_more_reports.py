@@ -153,3 +153,35 @@ def test_marks_in_several_labels(mark, metric):
     found,pred = accuracy_of(BCEWithLogitsLossFlat(), EYE, y, metric, Net(), MixUp(1., targets='losses'))
     known = (y == 0) | (y == 1)
     close(found, ((pred > 0) == (y > .5))[known].float().mean())
+
+# Infinities in an average
+
+def blended(x, w, other):
+    "0 parts of an infinity are none, and infinities of both signs are no number"
+    return torch.where(w == 1, x, torch.where(w == 0, other, x*w + other*(1-w)))
+
+@pytest.mark.parametrize('pairing', [None, DifferentClass(), PreviousBatch()], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
+def test_infinities_are_averaged(pairing, dtype):
+    "A log spectrogram: minus infinity and a number make minus infinity, also where the partner has it, too"
+    torch.manual_seed(0)
+    x = torch.randn(N, 30, dtype=dtype)
+    x = x.masked_fill(torch.rand(N, 30) < .3, -torch.inf).masked_fill(torch.rand(N, 30) < .1, torch.inf).masked_fill(
+        torch.rand(N, 30) < .1, torch.nan)
+    net = Keep(x, C).to(dtype)
+    def loss(p, y): return F.cross_entropy(p.float().nan_to_num(), y)
+    page = pages([(x, Y)]*2, loss, net, MixUp(1., fold=False, per='batch', pairing=pairing))[-1]
+    others = x[page.plan.index] if not isinstance(pairing, PreviousBatch) else page.plan.partners(x)
+    want = blended(x.float(), page.plan.lam[:,None], others.float())
+    assert torch.equal(net.x.isnan(), want.isnan()) and want.isinf().any()
+    torch.testing.assert_close(net.x.float(), want, equal_nan=True, atol=1e-2, rtol=1e-2)
+
+def test_infinities_that_fade():
+    x = torch.randn(N, 1, 20).masked_fill(torch.rand(N, 1, 20) < .2, -torch.inf)
+    net = Keep(x, C)
+    page, = pages([(x, Y)], lambda p,y: F.cross_entropy(p.nan_to_num(), y), net, SmoothMix())
+    close(net.x.nan_to_num(neginf=-9.), blended(x, page.plan.mask((20,))[:,None], x[page.plan.index]).nan_to_num(neginf=-9.))
+
+def test_an_infinite_loss_stays_one():
+    def loss(p, y): return torch.where(y == 0, torch.inf, 1.).sum() + 0*p.sum()
+    for page in pages([(EYE, torch.arange(N) % 2)]*5, loss, Net(), MixUp(1., per='batch')): assert page.loss == torch.inf
