@@ -1,11 +1,15 @@
 "More of the kinds that users reported: variants, each with the right value by hand."
+import random
+import warnings
 from functools import partial
+from types import SimpleNamespace as NS
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.basics import BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, MSELossFlat, nn
-from test_reports import EYE, C, Keep, N, Net, Y, close, filled, learner, pages
+from test_reports import EYE, Block, C, Keep, N, Net, Y, close, filled, learner, pages
 
 from fastai_mixup.all import *
 
@@ -185,3 +189,64 @@ def test_infinities_that_fade():
 def test_an_infinite_loss_stays_one():
     def loss(p, y): return torch.where(y == 0, torch.inf, 1.).sum() + 0*p.sum()
     for page in pages([(EYE, torch.arange(N) % 2)]*5, loss, Net(), MixUp(1., per='batch')): assert page.loss == torch.inf
+
+# Layers that are skipped by vectors of draws, and by generators of a model's own
+
+class DroppedAtOnce(nn.Module):
+    "Draws once for all of its blocks, in training"
+    def __init__(self, draw):
+        super().__init__()
+        self.b,self.h,self.draw = nn.ModuleList([Block() for _ in range(6)]),nn.Linear(8, 3),draw
+        self.rng,self.kept = np.random.default_rng(0),NS(state=np.random.RandomState(0), python=random.Random(0))
+    def forward(self, x):
+        for b,o in zip(self.b, self.draw(self) if self.training else [1.]*6):
+            if o > .1: x = b(x)
+        return self.h(x)
+DRAWS = dict(torch=lambda m: torch.rand(6), like=lambda m: torch.rand_like(torch.ones(6)), uniform=lambda m: torch.empty(6).uniform_(),
+    bernoulli=lambda m: torch.bernoulli(torch.full((6,), .9)), whole=lambda m: torch.randint(0, 10, (6,))/10,
+    numpy=lambda m: np.random.rand(6), numpy_uniform=lambda m: np.random.uniform(size=6),
+    numpy_whole=lambda m: np.random.randint(0, 10, 6)/10,
+    generator=lambda m: m.rng.random(6), generator_singly=lambda m: [m.rng.random() for _ in range(6)],
+    state=lambda m: m.kept.state.rand(6), python=lambda m: [m.kept.python.random() for _ in range(6)])
+@pytest.mark.parametrize('draw', DRAWS)
+def test_layers_skipped_by_vectors_of_draws(draw):
+    def fit(**kwargs):
+        torch.manual_seed(0)
+        pages([(torch.randn(6, 8), torch.arange(6) % 3)]*40, nn.CrossEntropyLoss(), DroppedAtOnce(DRAWS[draw]), ManifoldMixUp(1., **kwargs),
+            lr=.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        fit()
+    with pytest.raises(ValueError, match="'b.2' is not called in every forward pass"): fit(layers='b.2')
+
+# Passes that leave no trace in objects of a model's own
+
+class Normaliser:
+    "Not a module"
+    def __init__(self): self.norm,self.n,self.log,self.rng = nn.BatchNorm2d(4),torch.zeros(1),[],np.random.default_rng(3)
+    def __call__(self, x):
+        self.n,_ = self.n+1,self.rng.random()
+        self.log.append(1)
+        return self.norm(x)
+    def state(self): return float(self.n),len(self.log),int(self.norm.num_batches_tracked),self.norm.running_mean,self.rng.random()
+
+class Holds(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.c,self.h = nn.Conv2d(1, 4, 3, padding=1),nn.Linear(4, 3)
+        self.held,self.get = how(Normaliser())
+    def forward(self, x): return self.h(self.get(self.held)(self.c(x)).mean((2, 3)))
+HOLDS = dict(attribute=lambda o: (o, lambda o: o), list=lambda o: ([o], lambda o: o[0]), dict=lambda o: (dict(a=o), lambda o: o['a']),
+    namespace=lambda o: (NS(a=NS(b=o)), lambda o: o.a.b))
+@pytest.mark.parametrize('make', [lambda: ManifoldMixUp(1., include_input=True), PuzzleMix, SnapMix],
+    ids=["ManifoldMixUp", "PuzzleMix", "SnapMix"])
+@pytest.mark.parametrize('how', HOLDS)
+def test_passes_leave_no_trace_in_objects(how, make):
+    data,states = [(torch.randn(6, 1, 8, 8), torch.arange(6) % 3)]*3,[]
+    for cbs in [],[make()]:
+        model = Holds(HOLDS[how])
+        pages(data, nn.CrossEntropyLoss(), model, *cbs)
+        states.append(model.get(model.held).state())
+    a,b = states
+    assert a[:3] == b[:3] == (3., 3, 3) and a[4] == b[4]

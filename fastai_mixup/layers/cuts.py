@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/cuts.html.md"""
 # %% auto #0
 __all__ = ['Cut', 'find_cuts', 'halved_shapes', 'knows_nothing_else', 'choose_cuts']
 
-# %% ../../nbs/api/13_cuts.ipynb #58877f1d
+# %% ../../nbs/api/13_cuts.ipynb #d706ec57
 import random
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from ..ops import leaves, map_leaves, tensors
-from ..probe import untouched
+from ..probe import holds_arrays_generator, untouched
 from .embeddings import MixedIndex
 from .inputs import InputMixer
 
@@ -69,38 +69,48 @@ def _join(xb, n, mixer):
         return _Joined.start(x, source) if rule == 'embed' else x
     return map_leaves(join, xb),source
 
-# %% ../../nbs/api/13_cuts.ipynb #6c81fc23
+# %% ../../nbs/api/13_cuts.ipynb #35829bd4
+_DRAWS = 'rand','rand_like','uniform_','bernoulli','bernoulli_','randint'
+
 class _Probing(TorchFunctionMode):
-    "Makes every single random number the one at `value` of its range; setting `requires_grad` of what is no leaf does nothing"
+    "Makes single random numbers, and vectors of them, those at `value` of their range; setting `requires_grad` of what is no leaf does nothing"
     def __init__(self, value): super().__init__(); self.value = value
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == Tensor.requires_grad.__set__ and not args[0].is_leaf: return
         res = func(*args, **(kwargs or {}))
         name = getattr(func, '__name__', '')
-        if name in ('rand', 'rand_like', 'uniform_', 'bernoulli', 'bernoulli_') and res.numel() == 1: res.data.fill_(self.value)
-        if name == 'randint' and res.numel() == 1: res.fill_(_at(self.value, _bounds(*args, **kwargs or {})))
+        if name not in _DRAWS or (res.numel() != 1 and res.ndim != 1): return res
+        if name.startswith(('rand_', 'uniform')) or name == 'rand': res.data.fill_(self.value)
+        if name.startswith('bernoulli'): res.data.fill_(self.value > .5)
+        if name == 'randint': res.fill_(_at(self.value, _bounds(*args, **kwargs or {})))
         return res
 
 def _at(value, among): return among[int(value*len(among))]
 def _bounds(*args, low=0, high=None, **_):
     given = [o for o in args if isinstance(o, int)] # and then the size
-    return range(*given) if given and high is None else range(*given or [low], high)
+    return range(*given[:2]) if given and high is None else range(*given or [low], high)
 
-# %% ../../nbs/api/13_cuts.ipynb #7b18930a
+# %% ../../nbs/api/13_cuts.ipynb #55722293
 @contextmanager
 def _chance(value):
-    "Single random numbers and choices of torch, Python and numpy are those at `value` of their range"
+    "Single random numbers, vectors and choices of torch, Python and numpy are those at `value` of their range"
     def number(*_, **__): return value
     def between(low=0., high=1., *_, **__): return low + value*(high-low)
     def whole(*args, **kwargs): return _at(value, _bounds(*args, **kwargs))
     def to_the_end(a, b): return _at(value, range(a, b+1))
     def one_of(among, *_, **__): return _at(value, among if hasattr(among, '__len__') else range(among))
-    def single(stock, draw): return lambda *args, **kwargs: draw(*args, **kwargs) if np.ndim(o := stock(*args, **kwargs)) == 0 else o
+    def few(stock, draw):
+        def drawn(*args, **kwargs):
+            o = stock(*args, **kwargs)
+            return o if np.ndim(o) > 1 else np.full_like(o, draw(*args, **kwargs)) if np.ndim(o) else draw(*args, **kwargs)
+        return drawn
+    def method(draw): return lambda self, *args, **kwargs: draw(*args, **kwargs)
     python = dict(random=number, uniform=between, randrange=whole, randint=to_the_end, choice=one_of)
     arrays = dict(rand=number, random=number, uniform=between, randint=whole, choice=one_of)
     with ExitStack() as stack:
         stack.enter_context(replaced.multiple(random, **python))
-        stack.enter_context(replaced.multiple(np.random, **{k: single(getattr(np.random, k), draw) for k,draw in arrays.items()}))
+        stack.enter_context(replaced.multiple(random.Random, **{k: method(draw) for k,draw in python.items()}))
+        stack.enter_context(replaced.multiple(np.random, **{k: few(getattr(np.random, k), draw) for k,draw in arrays.items()}))
         stack.enter_context(_Probing(value))
         yield
 
@@ -250,7 +260,19 @@ def _in_chunks(model):
     "Layers that are called once for each chunk of a text, and then not with all rows"
     return {layer for m in model.modules() if hasattr(m, 'bptt') for layer in m.modules() if layer is not m}
 
-# %% ../../nbs/api/13_cuts.ipynb #bda3e686
+# %% ../../nbs/api/13_cuts.ipynb #b3961ef0
+def _varying(model, xb, memory, passes=60):
+    "The layers whose number of calls differs between passes, where the model has a generator of numpy of its own"
+    if not holds_arrays_generator(model): return set()
+    counts = []
+    def hook(module, args, out): counts[-1][module] = counts[-1].get(module, 0) + 1
+    with untouched(model, memory), torch.no_grad(), register_module_forward_hook(hook):
+        for _ in range(passes):
+            counts.append({})
+            model(*xb)
+    return {m for m in model.modules() if len({o.get(m) for o in counts}) > 1}
+
+# %% ../../nbs/api/13_cuts.ipynb #ad338bd8
 def _as_cut(name, module, first, second, last, n, m):
     dims = [_batch_dims(a, b, n, m) for a,b in zip(first, second)]
     if not all(dims): return None
@@ -272,16 +294,17 @@ def find_cuts(
     if counts.has_node('CheckpointFunctionBackward'): warn(
         "The model checkpoints activations by `use_reentrant=True`, which hides the layers inside. Use `use_reentrant=False`, as torch "
         "recommends.")
-    names,chunked = {module: name for name,module in model.named_modules()},_in_chunks(model)
+    names,varying = {module: name for name,module in model.named_modules()},_varying(model, _rows(xb, size, n), memory)
+    never = _in_chunks(model) | varying
     last,cuts = max((c.depth for cs in calls.values() for c in cs), default=0),_Cuts()
     def nodes(calls): return [v for c in calls for v in c.nodes.values()]
     for module,first in sorted(calls.items(), key=lambda o: o[1][-1].depth):
         second = again.get(module, [])
-        if module in chunked or len(first) != len(second) or not (counts.is_cut(nodes(first)) and others.is_cut(nodes(second))): continue
+        if module in never or len(first) != len(second) or not (counts.is_cut(nodes(first)) and others.is_cut(nodes(second))): continue
         cut = _as_cut(names[module], module, first, second, last, n, m)
         if cut is not None: cuts.append(cut)
     cuts.memory = memory
-    cuts.irregular = {names[o] for o in {*calls, *again} if len(calls.get(o, ())) != len(again.get(o, ()))}
+    cuts.irregular = {names[o] for o in {*calls, *again} if o in varying or len(calls.get(o, ())) != len(again.get(o, ()))}
     return cuts
 
 # %% ../../nbs/api/13_cuts.ipynb #9b65850a
