@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, MSELossFlat, nn
+from fastai.basics import BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, MSELossFlat, Tensor, nn
 from test_reports import EYE, Block, C, Keep, N, Net, Y, close, filled, learner, pages
 
 from fastai_mixup.all import *
@@ -250,3 +250,37 @@ def test_passes_leave_no_trace_in_objects(how, make):
         states.append(model.get(model.held).state())
     a,b = states
     assert a[:3] == b[:3] == (3., 3, 3) and a[4] == b[4]
+
+# Masks made of integers hold no values of theirs
+
+def _written(x):
+    m = torch.ones_like(x)
+    m[x == 0] = 0
+    return m
+MASKS = dict(where=lambda x: torch.where(x == 0, 0, 1), filled=lambda x: torch.ones_like(x).masked_fill(x == 0, 0),
+    filled_new=lambda x: x.new_ones(x.shape).masked_fill(x == 0, 0), filled_in_place=lambda x: torch.ones_like(x).masked_fill_(x == 0, 0),
+    written=_written, chosen=lambda x: torch.where(x != 0, torch.ones_like(x), torch.zeros_like(x)),
+    product=lambda x: torch.ones_like(x)*(x != 0), sign=lambda x: x.sign(), compared=lambda x: (x != 0).long())
+class Pooled(nn.Module):
+    def __init__(self, mask, embed_mask=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.e,self.h,self.mask,self.kinds = nn.Embedding(9, 4),nn.Linear(4, 3),mask,nn.Embedding(2, 4) if embed_mask else None
+    def forward(self, x):
+        m = self.mask(x)
+        e = self.e(x) if self.kinds is None else self.e(x)+self.kinds(m)
+        self.m = m.float()
+        return self.h((e*self.m[...,None]).sum(1)/self.m.sum(1, keepdim=True))
+WORDS = torch.randint(1, 9, (6, 5), generator=torch.Generator().manual_seed(0)).masked_fill(torch.eye(6, 5).bool(), 0)
+@pytest.mark.parametrize('make', [lambda: MixUp(1.), lambda: ManifoldMixUp(1., layers='e', include_input=False)], ids=['MixUp', 'hidden'])
+@pytest.mark.parametrize('mask', MASKS)
+def test_masks_made_of_words(mask, make):
+    "The mask stays the item's own"
+    model = Pooled(MASKS[mask])
+    page, = pages([(WORDS, torch.arange(6) % 3)], nn.CrossEntropyLoss(), model, make())
+    assert page.plan is not None and torch.equal(Tensor(model.m).as_subclass(Tensor), (WORDS != 0).float())
+
+def test_values_of_words_are_still_refused():
+    for f in (lambda x: torch.ones_like(x)*x), lambda x: torch.where(x == 0, torch.zeros_like(x), x):
+        with pytest.raises(ValueError, match='holds integers, and reaches `float`'):
+            pages([(WORDS, torch.arange(6) % 3)], nn.CrossEntropyLoss(), Pooled(f), MixUp(1.))

@@ -28,7 +28,7 @@ from ..probe import holds_arrays_generator, untouched
 from .embeddings import MixedIndex
 from .inputs import InputMixer
 
-# %% ../../nbs/api/13_cuts.ipynb #1ea30427
+# %% ../../nbs/api/13_cuts.ipynb #d99f4b91
 class _Source:
     "Plays the part of a plan for a `MixedIndex`: makes what an embedding gives depend on one leaf"
     def __init__(self, n, device): self.zero,self.lam = torch.zeros((), device=device, requires_grad=True),torch.ones(n, device=device)
@@ -37,13 +37,13 @@ class _Source:
 
 class _Joined(MixedIndex):
     "Indices that depend on a `_Source` wherever they become floats"
-    def __new__(cls, own, partner, lam, origins, one_hot=False, empty=False):
-        return super().__new__(cls, own, partner, lam, origins, empty=empty)
+    def __new__(cls, own, partner, lam, origins, one_hot=False, empty=False, answer=False):
+        return super().__new__(cls, own, partner, lam, origins, empty=empty, answer=answer)
     def look_up(self, f, name, args, kwargs):
         res = f(self.own)
         return self.floats(res, name) if res.is_floating_point() else self.condense(res, name)
     def floats(self, own, name):
-        if self.empty: return own
+        if self.empty or self.answer: return own
         return map_leaves(lambda v,_: self.origins[0].plan.join(v) if v.is_floating_point() else v, own)
     def condense(self, own, name):
         if any(v.is_floating_point() for v in tensors(own)): return self.floats(own, name)
@@ -69,11 +69,11 @@ def _join(xb, n, mixer):
         return _Joined.start(x, source) if rule == 'embed' else x
     return map_leaves(join, xb),source
 
-# %% ../../nbs/api/13_cuts.ipynb #35829bd4
+# %% ../../nbs/api/13_cuts.ipynb #979a3a58
 _DRAWS = 'rand','rand_like','uniform_','bernoulli','bernoulli_','randint'
 
 class _Probing(TorchFunctionMode):
-    "Makes single random numbers, and vectors of them, those at `value` of their range; setting `requires_grad` of what is no leaf does nothing"
+    "Makes single random numbers, and vectors, those at `value` of their range; setting `requires_grad` of no leaf does nothing"
     def __init__(self, value): super().__init__(); self.value = value
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == Tensor.requires_grad.__set__ and not args[0].is_leaf: return
