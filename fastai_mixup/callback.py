@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/callback.html.md"""
 # %% auto #0
 __all__ = ['MixUpCallback', 'MixedBatch', 'mixer_of', 'MixCallback', 'MixUpMethod', 'MixUp']
 
-# %% ../nbs/api/20_callback.ipynb #ec9eaf3d
+# %% ../nbs/api/20_callback.ipynb #4aef6943
 import copy
 import inspect
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from .layers.inputs import InputMixer, Inputs, check_inputs_option, is_sharded
 from .losses.mixed import MixedLoss, check_targets, check_targets_option, mixed_loss, target_options, user_loss
 from .losses.spec import LossSpec, loss_spec
 from .masks import SpatialLayout
-from .ops import is_number, tensors
+from .ops import is_number, is_same, tensors
 from .recipe import Recipe, shown_arguments
 
 # %% ../nbs/api/20_callback.ipynb #e28fcdf2
@@ -79,15 +79,19 @@ class MixedBatch:
             "mixed. Assign the tensors to `learn.xb` before the model is called, or take the loss by a loss function of your own.")
         return self.mixed_loss(loss_func, pred, yb, len(self.batch.yb))
 
-# %% ../nbs/api/20_callback.ipynb #5d572755
+# %% ../nbs/api/20_callback.ipynb #e7abecd5
 @patch
 def mixed_loss(self:MixedBatch, loss_func, pred, yb, n_own):
-    "The mixed loss of what the model predicts from mixed items; the first `n_own` targets are mixed"
-    if any(a is not b for a,b in zip(yb, self.batch.yb)): check_targets(yb[:n_own], self.batch.n)
+    "The mixed loss of what the model predicts from mixed items; the batch's own targets (or else the first `n_own`) are mixed"
+    found = [i for i,y in enumerate(yb) if any(is_same(y, o) for o in self.batch.yb)] if len(yb) > n_own else ()
+    at = found if len(found) == n_own else range(min(n_own, len(yb)))
+    own = tuple(yb[i] for i in at)
+    if any(a is not b for a,b in zip(own, self.batch.yb)): check_targets(own, self.batch.n)
     if not self.taken: self.determine_labels(pred)
-    self.taken,spec,rest = True,self.fit.loss_spec(loss_func),yb[n_own:]
-    if rest: spec = LossSpec(lambda pred,*yb: loss_func(pred, *yb, *rest), 'whole', False)
-    return mixed_loss(spec, pred, yb[:n_own], self.plan, self.cb.targets)
+    self.taken,spec = True,self.fit.loss_spec(loss_func)
+    def with_others(pred, *own): return loss_func(pred, *({**dict(enumerate(yb)), **dict(zip(at, own))}.values()))
+    if len(own) < len(yb): spec = LossSpec(with_others, 'whole', False)
+    return mixed_loss(spec, pred, own, self.plan, self.cb.targets)
 
 # %% ../nbs/api/20_callback.ipynb #d5e92b3b
 @patch

@@ -21,7 +21,7 @@ from .batch import Batch, Plan
 from .compat import plainly
 from .ops import Others, blend, blend_with, is_number
 
-# %% ../nbs/api/04_masks.ipynb #57a39871
+# %% ../nbs/api/04_masks.ipynb #95dcfbb6
 @dataclass(frozen=True)
 class SpatialLayout:
     "Which dimensions of a tensor are positions"
@@ -32,6 +32,12 @@ class SpatialLayout:
         "The number of spatial dimensions of `x`; 0 if it has none"
         if self.spatial_dims is None: return x.ndim-2 if 3 <= x.ndim <= 5 else 0
         return self.spatial_dims if x.ndim > self.spatial_dims+self.channels_last else 0
+
+    def half(self, x):
+        "The first half of the positions of `x`"
+        last = x.ndim - self.channels_last
+        for d in range(last-self.count(x), last): x = x.narrow(d, 0, -(-x.shape[d]//2))
+        return x
 
     def check(self, x):
         "Raise a `ValueError` if `x` may hold volumes, or videos"
@@ -123,13 +129,13 @@ def _scale(size, of):
     for k in (2, 4, 8, 16, 32):
         if all(a in (b//k, -(-b//k)) for a,b in zip(size, of)): return -k
 
-# %% ../nbs/api/04_masks.ipynb #1e1a711a
+# %% ../nbs/api/04_masks.ipynb #effd5a91
 def map_certainty(size:tuple, of:tuple, index:bool, channels:bool)->str|None:
     "Are the positions of a target those `of` the inputs ('map'), 'perhaps', or not (`None`)?"
     scale = _scale(size, of)
     if len(size) != len(of) or scale is None or math.prod(size) == 1: return None
-    if index: return 'map' if scale == 1 or len(of) > 1 else None
-    if len(of) == 1: return 'perhaps' if channels and scale == 1 else None
+    if len(of) == 1: return None if scale != 1 else 'map' if index else 'perhaps'
+    if index: return 'map' if scale > 0 else 'perhaps'
     if scale == 1 or (channels and scale > 1): return 'map'
     return 'perhaps' if channels else None
 

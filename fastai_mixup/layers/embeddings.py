@@ -40,7 +40,7 @@ class Origin:
             f"{self.label} holds integers, and reaches `{name}`, which turns them into floats: only the output of an embedding "
                          f"can be mixed. {self.remedy()}")
 
-# %% ../../nbs/api/10_embeddings.ipynb #56fa2c2b
+# %% ../../nbs/api/10_embeddings.ipynb #18a8f526
 class MixedIndex(Tensor):
     "Indices with those of their partners, which are mixed at the output of the embedding that looks them up"
     def __new__(cls,
@@ -50,9 +50,10 @@ class MixedIndex(Tensor):
         origins:tuple, # Of `Origin`
         one_hot:bool=False, # Are these one-hot rows, which may become floats?
         empty:bool=False, # Is it a new tensor of their shape, to which nothing was written?
+        answer:bool=False, # Was it made of new tensors and of answers about indices alone, as a mask is?
     ):
         res = Tensor.as_subclass(own.detach(), cls) # under fastai a cast shares the attributes of what was cast
-        res.partner,res.lam,res.origins,res.one_hot,res.empty = partner,lam,origins,one_hot,empty
+        res.partner,res.lam,res.origins,res.one_hot,res.empty,res.answer = partner,lam,origins,one_hot,empty,answer
         return res
 
     @classmethod
@@ -83,7 +84,7 @@ def batch_dim(self:MixedIndex):
     dims = [d for d in range(lam.ndim) if lam.shape[d] > 1 and lam.stride(d) == 1]
     return dims[0] if len(dims) == 1 and lam.shape[dims[0]] == len(whole) else None
 
-# %% ../../nbs/api/10_embeddings.ipynb #8ac65a9f
+# %% ../../nbs/api/10_embeddings.ipynb #7fb82e98
 _JOIN = set('cat concat concatenate stack hstack vstack dstack'.split())
 _REARRANGE = set('''__getitem__ __get__ T t transpose swapaxes swapdims permute movedim moveaxis view reshape flatten ravel unflatten
     view_as reshape_as squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave narrow select index_select gather
@@ -93,7 +94,7 @@ _AS = set('to type_as expand_as view_as reshape_as'.split())
 _PICK = set('__getitem__ gather take_along_dim index_select'.split())
 _NEW = set('''zeros_like ones_like empty_like full_like rand_like randn_like randint_like
     new_zeros new_ones new_empty new_full new_tensor'''.split())
-_ABOUT = set('argmax argmin argsort nonzero searchsorted bucketize count_nonzero'.split())
+_ABOUT = set('sign sgn argmax argmin argsort nonzero searchsorted bucketize count_nonzero'.split())
 
 def _in_place(name): return name == '__setitem__' or (name.endswith('_') and not name.endswith('__'))
 def _call(func, args, kwargs, of): return func(*map_leaves(lambda v,_: of(v), args), **map_leaves(lambda v,_: of(v), kwargs))
@@ -168,11 +169,11 @@ def _look_up_condensed(self:MixedIndex, f, name, args, kwargs):
         f"{self.origins[0].label} holds integers, and an embedding looks up what was computed from them by an operation that mixing cannot "
         f"follow, such as a sum. {self.origins[0].remedy('Look it up unmixed by choosing the other inputs, by `inputs=`.')}")
 
-# %% ../../nbs/api/10_embeddings.ipynb #cdee0a95
+# %% ../../nbs/api/10_embeddings.ipynb #ac1bc79e
 @patch
 def floats(self:MixedIndex, own, name):
     "What becomes of indices that `name` has turned into floats"
-    return own if self.empty else self.origins[0].refuse_floats(name)
+    return own if self.empty or self.answer else self.origins[0].refuse_floats(name)
 
 # %% ../../nbs/api/10_embeddings.ipynb #96e6a9f4
 @patch
@@ -206,18 +207,21 @@ def _computed(own, func, name, args, kwargs, found, src):
     partner = src.partner if _in_place(name) else _call(func, args, kwargs, _partner)
     return _wrap(own, partner, src.lam.to(tensors(own)[0].device).expand(tensors(own)[0].shape), found)
 
-# %% ../../nbs/api/10_embeddings.ipynb #955187cb
+# %% ../../nbs/api/10_embeddings.ipynb #2729c489
 def _write_partners(func, args, kwargs, src):
     advice = "Let the model build that tensor from its input (`zeros_like`, `torch.cat`), or choose the others by `inputs=`."
     if not isinstance(args[0], MixedIndex): raise ValueError(
         f"{src.origins[0].label} holds integers that the model copies into another tensor, where mixing cannot follow them. "
         f"{src.origins[0].remedy(advice)}")
     _call(func, args, kwargs, _partner)
-    args[0].empty = all(v.empty for v,_ in leaves((args, kwargs)) if isinstance(v, MixedIndex))
+    found = [v for v,_ in leaves((args, kwargs)) if isinstance(v, MixedIndex)]
+    args[0].empty,args[0].answer = all(v.empty for v in found),_is_answer(found)
 
 def _new(own, value, src):
     if value.shape != src.shape or value.dtype != src.dtype: return own
     return type(src)(own, own.clone(), src.lam, src.origins, empty=True)
+
+def _is_answer(found): return all(v.empty or v.answer or v.dtype == torch.bool for v in found)
 
 # %% ../../nbs/api/10_embeddings.ipynb #0c81d375
 def _values_only(own, src, name):
@@ -230,18 +234,18 @@ def _one_hot_floats(own, src, func, name, args, kwargs):
     for o in src.origins: o.lookups += 1
     return _mixed(own, _call(func, args, kwargs, _partner), src.lam)
 
-# %% ../../nbs/api/10_embeddings.ipynb #58f006d8
+# %% ../../nbs/api/10_embeddings.ipynb #1d973564
 def _is_broadcast(shape, shapes):
     try: return torch.broadcast_shapes(*shapes) == shape
     except RuntimeError: return False
 
 def _wrap(own, partner, lam, found, one_hot=False):
     cls,origins = type(found[0]),tuple({id(o): o for v in found for o in v.origins}.values())
-    empty = all(v.empty for v in found)
-    if not isinstance(own, (tuple, list)): return cls(own, partner, lam, origins, one_hot, empty)
+    empty,answer = all(v.empty for v in found),_is_answer(found)
+    if not isinstance(own, (tuple, list)): return cls(own, partner, lam, origins, one_hot, empty, answer)
     if hasattr(own, 'indices'): return type(own)((cls(own[0], partner[0], lam, origins), own[1]))
     lams = lam if isinstance(lam, (tuple, list)) else [lam]*len(own)
-    return type(own)(cls(*o, origins, one_hot, empty) for o in zip(own, partner, lams))
+    return type(own)(cls(*o, origins, one_hot, empty, answer) for o in zip(own, partner, lams))
 
 def _rearrange(own, func, name, args, kwargs, found):
     first,joined = _first(args, kwargs),name in _JOIN

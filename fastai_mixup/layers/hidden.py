@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/hidden.html.md"""
 # %% auto #0
 __all__ = ['HiddenLayer', 'RandomLayer', 'inner_model']
 
-# %% ../../nbs/api/15_hidden.ipynb #b12f6ee3
+# %% ../../nbs/api/15_hidden.ipynb #e6505a2c
 from fnmatch import fnmatchcase
 from functools import partial
 from warnings import warn
@@ -21,7 +21,7 @@ from ..batch import private_generator
 from ..checks import check_choice
 from ..losses.spec import loss_spec
 from ..ops import has_rows, leaves, map_leaves
-from .cuts import Cut, choose_cuts, find_cuts, knows_nothing_else
+from .cuts import Cut, choose_cuts, find_cuts, halved_shapes, knows_nothing_else
 from .inputs import InputMixer, Inputs, check_uncompiled, is_sharded, unwrapped
 
 # %% ../../nbs/api/15_hidden.ipynb #37d23aa0
@@ -178,7 +178,7 @@ def find(self:RandomLayer, cb, learn, xb, n):
     if 'output' in (self.wanted or []): layers.append(HiddenLayer(Cut('output', learn.model, [], (), 1.)))
     self.layers = [Inputs()]*self.include_input + layers
 
-# %% ../../nbs/api/15_hidden.ipynb #48ccf444
+# %% ../../nbs/api/15_hidden.ipynb #34957e9d
 @patch
 def suits(self:RandomLayer, cb, xb, n):
     "A test whether a layer suits the method: one that needs positions keeps to layers that are shaped like the inputs"
@@ -188,17 +188,18 @@ def suits(self:RandomLayer, cb, xb, n):
 def with_positions(self:RandomLayer, cb, xb, n):
     "A test whether a layer has the positions of the inputs, perhaps fewer (signals only where the user names the layer)"
     layout = cb.layout
-    sizes = InputMixer(cb.learn.model, xb, cb.inputs, layout).sizes(xb, n)
+    mixer = InputMixer(cb.learn.model, xb, cb.inputs, layout)
+    sizes,halved = mixer.sizes(xb, n),halved_shapes(inner_model(cb.learn.model), xb, n, mixer, self.cuts.memory)
     if self.wanted is None and not layout.channels_last: sizes = [size for size in sizes if len(size) > 1]
-    return lambda cut: any(cut.has_positions(size, layout.channels_last) for size in sizes)
+    return lambda cut: any(cut.has_positions(size, layout.channels_last, halved.get(cut.module)) for size in sizes)
 
-# %% ../../nbs/api/15_hidden.ipynb #ff1f82b2
+# %% ../../nbs/api/15_hidden.ipynb #bee3b5d7
 @patch
 def _named(self:RandomLayer, cb, model, names, xb, n):
     chosen,suits = list({c.name: c for o in names for c in select_cuts(self.cuts, model, o)}.values()),self.suits(cb, xb, n)
     for c in chosen:
         if not suits(c): raise ValueError(f"layers: {c.name} gives {' x '.join(map(str, c.shape))}, but {cb.method_name} needs spatial "
-                                          "dimensions there, in the same proportions as those of the inputs")
+                                          "dimensions there, in the same proportions and the same layout as those of the inputs")
     return chosen
 
 @patch

@@ -40,7 +40,7 @@ def check_targets(yb:tuple, n:int):
             f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} "
             "items.")
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #67531937
+# %% ../../nbs/api/07_mixed_loss.ipynb #9a3bfbf6
 def target_options(targets):
     "The option `targets` as a list"
     return targets if isinstance(targets, list) else [targets]
@@ -63,6 +63,7 @@ def how_mixed(y:Tensor, pred, spec:LossSpec, plan:Plan, targets:str|None=None)->
     index = spec.holds_indices(y, pred)
     certainty = plan.certainty(y, index)
     compared = isinstance(pred, Tensor) and pred.numel() == y.numel()
+    if certainty and y.ndim == 2 and not index and spec.takes_rows: certainty = None
     if certainty and index and compared and not spec.known and y.ndim == 2: certainty = 'perhaps' # labels of steps, or several of an item
     if targets == 'average': return 'losses' if index and spec.known else 'average' # class indices have no average
     if targets == 'losses' or (targets == 'paste' and plan.may_be_map(y)): return targets

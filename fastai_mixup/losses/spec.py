@@ -112,3 +112,12 @@ def holds_indices(self:LossSpec, y:Tensor, pred)->bool:
     if self.kind in ('cross_entropy', 'smoothing', 'nll') or any(self.computes(*o) for o in _INDICES): return True
     compared = isinstance(pred, Tensor) and pred.numel() == y.numel()
     return not (compared and self.known)
+
+# %% ../../nbs/api/06_loss_spec.ipynb #3ba0bda9
+_OF_ROWS = [(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), (nn.BCELoss, F.binary_cross_entropy), (nn.KLDivLoss, F.kl_div),
+            (nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss)]
+
+@patch(as_prop=True)
+def takes_rows(self:LossSpec):
+    "Are targets that are rows of numbers, (n, m), distributions over classes, or several labels of an item?"
+    return self.kind in ('cross_entropy', 'smoothing', 'mixed') or any(self.computes(*o) for o in _OF_ROWS)

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/alignmixup.html.md"""
 # %% auto #0
 __all__ = ['AlignMixUp']
 
-# %% ../../nbs/api/42_alignmixup.ipynb #3f57c313
+# %% ../../nbs/api/42_alignmixup.ipynb #0cabba0e
 import math
 from collections.abc import Callable
 
@@ -19,6 +19,7 @@ from ..batch import Plan
 from ..callback import MixCallback
 from ..checks import check_number
 from ..layers.hidden import RandomLayer
+from ..masks import SpatialLayout
 from ..ops import blend_with, tensors
 from .manifold_mixup import ManifoldMixUp
 
@@ -38,31 +39,35 @@ def aligned(x:Tensor, partner:Tensor, epsilon:float=.1)->Tensor:
     with torch.no_grad(): moves = transport(a, b, epsilon)
     return (b @ moves.transpose(1, 2).to(b.dtype)).view(x.shape)
 
-# %% ../../nbs/api/42_alignmixup.ipynb #8aa2c3b6
+# %% ../../nbs/api/42_alignmixup.ipynb #4f31b2dd
 MOST_POSITIONS = 1024
 
 class AlignPlan(Plan):
     "The plan of a layer at which the partners' features are aligned; labels and items are those of `plan`"
-    def __init__(self, plan:Plan, epsilon:float):
+    def __init__(self, plan:Plan, epsilon:float, layout:SpatialLayout=SpatialLayout()):
         super().__init__(plan.lam, plan.perm)
-        self.epsilon = epsilon
+        self.epsilon,self.layout = epsilon,layout
 
     def mix(self, x, dim=0, out=None):
         if dim != 0 or not 3 <= x.ndim <= 5: return super().mix(x, dim, out)
-        return blend_with(x, aligned(x, self.partners(x), self.epsilon), self.lam)
+        own,partner = self.layout.first(x),self.layout.first(self.partners(x))
+        return blend_with(x, self.layout.back(aligned(own, partner, self.epsilon), x), self.lam)
 
-# %% ../../nbs/api/42_alignmixup.ipynb #f364b25b
+# %% ../../nbs/api/42_alignmixup.ipynb #60b16779
 class AlignedLayer(RandomLayer):
     "The inputs, or a deep layer with aligned features"
     epsilon,usual_depths = .1,()
-    def change(self, plan): return AlignPlan(plan, self.epsilon)
+    layout = SpatialLayout()
+    def change(self, plan): return AlignPlan(plan, self.epsilon, self.layout)
 
     def suits(self, cb, xb, n):
         "Layers whose output has positions, in the proportions of the inputs"
+        self.layout = cb.layout
         return self.with_positions(cb, xb, n)
 
     def choose(self, cuts, holds):
-        cuts = [c for c in cuts if math.prod(c.shape[2:]) <= MOST_POSITIONS]
+        def positions(c): return math.prod(c.shape[1:-1] if self.layout.channels_last else c.shape[2:])
+        cuts = [c for c in cuts if positions(c) <= MOST_POSITIONS]
         return next(([c] for c in sorted(reversed(cuts), key=lambda c: -c.depth) if holds(c)), [])
 
     def no_layer(self, cb, model): raise ValueError(

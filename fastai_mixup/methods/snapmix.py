@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/snapmix.html.md"""
 # %% auto #0
 __all__ = ['SnapMixMethod', 'SnapMix']
 
-# %% ../../nbs/api/39_snapmix.ipynb #086d8629
+# %% ../../nbs/api/39_snapmix.ipynb #4ab880c8
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,15 +18,15 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from ..batch import BetaMethod, check_labels
 from ..callback import MixCallback
-from ..layers.cuts import find_cuts
+from ..layers.cuts import find_cuts, halved_shapes
 from ..layers.inputs import check_uncompiled, unwrapped
-from ..masks import box_edges, keep_inside
+from ..masks import SpatialLayout, box_edges, keep_inside
 from ..ops import Others, has_rows, map_leaves, partners
 from ..probe import untouched
 from .resizemix import resize_plan
 
-# %% ../../nbs/api/39_snapmix.ipynb #0a33cdf4
-def activation_maps(model:nn.Module, layer:nn.Module, xb:tuple, y:Tensor, memory:dict|None=None)->Tensor:
+# %% ../../nbs/api/39_snapmix.ipynb #df83b5a4
+def activation_maps(model:nn.Module, layer:nn.Module, xb:tuple, y:Tensor, memory:dict|None=None, layout=SpatialLayout())->Tensor:
     "Where `layer` sees the class `y` of each item: maps of sum 1, shape (n, *size of the features)"
     kept = []
     def hook(module, args, out):
@@ -40,7 +40,8 @@ def activation_maps(model:nn.Module, layer:nn.Module, xb:tuple, y:Tensor, memory
             "SnapMix needs predictions of shape (n, classes), got "
             f"{tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__}")
         slope, = torch.autograd.grad(pred.gather(1, y.clamp(0, pred.shape[1]-1)[:,None]).sum(), kept)
-    maps = (kept[0].detach()*slope.flatten(2).mean(2).view(*slope.shape[:2], *[1]*(slope.ndim-2))).sum(1)
+    features,slope = layout.first(kept[0].detach()),layout.first(slope)
+    maps = (features*slope.flatten(2).mean(2).view(*slope.shape[:2], *[1]*(slope.ndim-2))).sum(1)
     flat = maps.flatten(1)
     flat = flat - flat.min(1, keepdim=True)[0]
     total = flat.sum(1, keepdim=True)
@@ -86,7 +87,7 @@ class SnapMixMethod(BetaMethod):
         plan.set_labels(own/(own+shown).clamp_min(1e-12), own+shown)
         return plan
 
-# %% ../../nbs/api/39_snapmix.ipynb #da8e3bcc
+# %% ../../nbs/api/39_snapmix.ipynb #449d2600
 @patch
 def _first_images(self:SnapMixMethod, batch):
     found = batch.images()
@@ -99,8 +100,9 @@ def _layer(self:SnapMixMethod, batch, model):
     "The deepest layer whose output has positions, found once for each fit"
     if self.name in batch.memory: return batch.memory[self.name]
     check_uncompiled(self.name, model, 'CutMix')
-    size,channels_last = batch.inputs.sizes(batch.xb, batch.n)[0],batch.inputs.layout.channels_last
-    cuts = [c for c in find_cuts(model, batch.xb, batch.n, batch.inputs.inputs) if c.has_positions(size, channels_last)]
+    mixer,n = batch.inputs,batch.n
+    size,cuts,halved = mixer.sizes(batch.xb, n)[0],find_cuts(model, batch.xb, n, mixer.inputs),halved_shapes(model, batch.xb, n, mixer)
+    cuts = [c for c in cuts if c.has_positions(size, mixer.layout.channels_last, halved.get(c.module))]
     if not cuts: raise ValueError(
         f"SnapMix found no layer in {type(model).__name__} that all images pass and whose output has spatial dimensions. Use `CutMix`, "
         "or `TransMix` for transformers.")
@@ -110,7 +112,7 @@ def _layer(self:SnapMixMethod, batch, model):
 @patch
 def _maps(self:SnapMixMethod, batch, xb, y):
     model = unwrapped(batch.model)
-    return activation_maps(model, self._layer(batch, model), xb, y.flatten().long(), batch.memory)
+    return activation_maps(model, self._layer(batch, model), xb, y.flatten().long(), batch.memory, batch.inputs.layout)
 
 @patch
 def _partner_maps(self:SnapMixMethod, batch, perm, maps):

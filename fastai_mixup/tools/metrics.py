@@ -44,10 +44,10 @@ class MixMetric(Metric):
         part,whole = maybe_gather(self.sums[None]).sum(0).tolist()
         return part/whole if whole else float('nan')
 
-# %% ../../nbs/api/60_metrics.ipynb #22cab32a
+# %% ../../nbs/api/60_metrics.ipynb #9bd41b9a
 _BINARY = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), (nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss)
 
-def predicted_labels(y, pred, axis:int, thresh:float, spec=None)->tuple:
+def predicted_labels(y, pred, axis:int, thresh:float, spec=None, ignored:int=-100)->tuple:
     "The target and what is predicted in its shape, or an error that says why there is no accuracy"
     for name,o in ('target', y), ('prediction', pred):
         if not isinstance(o, Tensor): raise TypeError(f"MixedAccuracy needs one tensor as {name}, got a {type(o).__name__}")
@@ -59,7 +59,8 @@ def predicted_labels(y, pred, axis:int, thresh:float, spec=None)->tuple:
         "MixedAccuracy cannot know what one output for each label means. Use a binary cross-entropy, such as `BCEWithLogitsLossFlat()`, as "
         "loss function, or a metric of your own.")
     if pred.numel() == y.numel() and (logits or probabilities):
-        return (y > .5).long() if is_number(y) else y,((pred if probabilities else pred.sigmoid()) >= thresh).long().view(y.shape)
+        labels = (y > .5).long().masked_fill((y == ignored) | y.isnan(), ignored) if is_number(y) else y
+        return labels,((pred if probabilities else pred.sigmoid()) >= thresh).long().view(y.shape)
     return y,_most_likely(y, pred, axis)
 
 def _most_likely(y, pred, axis):
@@ -83,13 +84,13 @@ def weighted_labels(y:Tensor, plan, is_pasted:bool=False)->list:
     total = own+partner
     return [(y, own/total), (plan.partners(y), partner/total)]
 
-# %% ../../nbs/api/60_metrics.ipynb #67c33a28
+# %% ../../nbs/api/60_metrics.ipynb #193e7886
 class MixedAccuracy(MixMetric):
     "Accuracy against both labels of a mixed item, weighted as in the loss; without mixing the plain accuracy"
     name = 'mixed_accuracy'
     def __init__(self,
         axis:int=-1, # Of the classes in the predictions; 1 for masks
-        ignore_index:int=-100, # Class that does not count
+        ignore_index:int|None=None, # Target that does not count; `None` for that of the loss function
         thresh:float=.5, # Probability from which on a label is predicted, where there is one for each label on its own
     ):
         super().__init__()
@@ -99,9 +100,10 @@ class MixedAccuracy(MixMetric):
     def accumulate(self, learn):
         "Add the running batch"
         plan,spec = running_plan(learn, 'pred_plan'),loss_spec(user_loss(learn.loss_func))
-        y,predicted = predicted_labels(learn.y, learn.pred, self.axis, self.thresh, spec)
+        ignored = spec.option('ignore_index', -100) if self.ignore_index is None else self.ignore_index
+        y,predicted = predicted_labels(learn.y, learn.pred, self.axis, self.thresh, spec, ignored)
         for labels,weight in weighted_labels(y, plan, plan is not None and is_pasted(learn, spec, plan)):
-            counts = (labels != self.ignore_index).float()*weight
+            counts = (labels != ignored).float()*weight
             self.add((counts*(predicted == labels)).sum(), counts.sum())
 
 # %% ../../nbs/api/60_metrics.ipynb #859e1f05
