@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/registry.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'PAIRINGS', 'LABEL_RULES', 'LOSSES', 'TOOLS', 'TWINS']
 
-# %% ../nbs/api/70_registry.ipynb #a56c8dea
+# %% ../nbs/api/70_registry.ipynb #65606dfc
 from .callback import MixUp, MixUpCallback
 from .distributed import AcrossRanks
 from .labels import ReMix
@@ -24,14 +24,15 @@ from .methods.resizemix import ResizeMix
 from .methods.saliencymix import SaliencyMix
 from .methods.smoothmix import SmoothMix
 from .methods.snapmix import SnapMix
+from .methods.specmix import SpecMix
 from .methods.transmix import TransMix
 from .pairing import DifferentClass, NearTarget, PreviousBatch, SameClass
 from .tools.metrics import MeanLam, MixedAccuracy, MixedShare
 from .tools.mix_find import MixFound
 from .tools.plots import plot_lam, plot_schedule
 
-# %% ../nbs/api/70_registry.ipynb #011bca23
-METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, ResizeMix, SaliencyMix, PuzzleMix, SnapMix, TransMix]
+# %% ../nbs/api/70_registry.ipynb #b5920595
+METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, SpecMix, ResizeMix, SaliencyMix, PuzzleMix, SnapMix, TransMix]
 AROUND = [ManifoldMixUp, AlignMixUp, RegMixUp, RandomMix]
 PAIRINGS = [DifferentClass, SameClass, NearTarget, PreviousBatch, AcrossRanks]
 LABEL_RULES = [ReMix]
