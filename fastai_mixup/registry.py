@@ -7,12 +7,13 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/registry.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'PAIRINGS', 'LABEL_RULES', 'LOSSES', 'TOOLS', 'TWINS']
 
-# %% ../nbs/api/70_registry.ipynb #65606dfc
+# %% ../nbs/api/70_registry.ipynb #43dad8b3
 from .callback import MixUp, MixUpCallback
 from .distributed import AcrossRanks
 from .labels import ReMix
 from .losses.label_smoothing import LabelSmoothingCE
 from .methods.alignmixup import AlignMixUp
+from .methods.classmix import ClassMix
 from .methods.cutmix import CutMix, CutMixCallback
 from .methods.fmix import FMix
 from .methods.gridmix import GridMix
@@ -31,8 +32,8 @@ from .tools.metrics import MeanLam, MixedAccuracy, MixedShare
 from .tools.mix_find import MixFound
 from .tools.plots import plot_lam, plot_schedule
 
-# %% ../nbs/api/70_registry.ipynb #b5920595
-METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, SpecMix, ResizeMix, SaliencyMix, PuzzleMix, SnapMix, TransMix]
+# %% ../nbs/api/70_registry.ipynb #b6196bc9
+METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, SpecMix, ResizeMix, SaliencyMix, PuzzleMix, SnapMix, TransMix, ClassMix]
 AROUND = [ManifoldMixUp, AlignMixUp, RegMixUp, RandomMix]
 PAIRINGS = [DifferentClass, SameClass, NearTarget, PreviousBatch, AcrossRanks]
 LABEL_RULES = [ReMix]

@@ -43,10 +43,11 @@ def salient_centre(
         at = at // n
     return torch.stack(centre[::-1], 1)
 
-# %% ../../nbs/api/36_saliencymix.ipynb #ed7874e1
+# %% ../../nbs/api/36_saliencymix.ipynb #a3f98161
 @dataclass
 class SaliencyMixMethod(CutMixMethod):
     "Replace a box of each item by the most salient one of its partner ([Uddin et al. 2021](https://arxiv.org/abs/2006.01791))"
+    looks_at = 'inputs'
     def plan(self, batch, perm):
         centre = batch.uniform(3).clone()
         for images in batch.images(perm)[:1]:
