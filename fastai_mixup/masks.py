@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/masks.html.md"""
 # %% auto #0
 __all__ = ['SpatialLayout', 'MaskPlan', 'box_edges', 'along', 'box_mask', 'keep_inside', 'at_positions']
 
-# %% ../nbs/api/04_masks.ipynb #64c4cc43
+# %% ../nbs/api/04_masks.ipynb #ba339b1d
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .batch import Batch, Plan
 from .compat import plainly
-from .ops import Others, blend, blend_with, is_number
+from .ops import Others, blend, blend_with, is_number, tensors
 
 # %% ../nbs/api/04_masks.ipynb #57a39871
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SpatialLayout:
         "What was made of `first(x)`, in the shape of `x`"
         return y.reshape(x.movedim(-1, 1).shape).movedim(1, -1) if self.channels_last else y.reshape(x.shape)
 
-# %% ../nbs/api/04_masks.ipynb #fe854a68
+# %% ../nbs/api/04_masks.ipynb #cc1f229b
 class MaskPlan(Plan):
     "A plan in which each position of an item has a weight of its own"
     def __init__(self,
@@ -63,7 +63,7 @@ class MaskPlan(Plan):
     ):
         super().__init__(torch.ones(batch.n, device=batch.device) if lam is None else lam, perm)
         self.make,self.correct,self.views,self.masks = make,correct,views,{}
-        self.layout,self.sizes = SpatialLayout(),[]
+        self.layout,self.sizes,self.left = SpatialLayout(),[],[]
         if batch.inputs is not None: self.layout,self.sizes = batch.inputs.layout,batch.inputs.sizes(batch.xb, batch.n)
 
     def mask(self,
@@ -105,6 +105,14 @@ def mix(self:MaskPlan, x, dim=0, out=None):
     self.layout.check(x)
     return retain_type(self.layout.back(self.cover(x, self.layout.first, out=out), x), x)
 
+# %% ../nbs/api/04_masks.ipynb #06f15958
+@patch
+def leave_inputs(self:MaskPlan, batch):
+    "Let the mask be one of all dimensions after items and channels of what is mixed first, whatever those of the inputs are"
+    if self.left: return
+    self.left = self.sizes or [tuple(x.shape[1:]) for x in tensors(batch.xb) if is_number(x) and x.ndim > 1]
+    self.layout,self.sizes = SpatialLayout(channels_last=self.layout.channels_last),[]
+
 # %% ../nbs/api/04_masks.ipynb #ef10c964
 @patch
 def check_whole(self:MaskPlan, what): raise ValueError(
@@ -133,14 +141,15 @@ def map_certainty(size:tuple, of:tuple, index:bool, channels:bool)->str|None:
     if scale == 1 or (channels and scale > 1): return 'map'
     return 'perhaps' if channels else None
 
-# %% ../nbs/api/04_masks.ipynb #9ae1d323
+# %% ../nbs/api/04_masks.ipynb #a163adc5
 @patch
 @plainly
 def certainty(self:MaskPlan, y:Tensor, index:bool)->str|None:
-    "Is `y`, of class indices if `index`, a 'map' whose positions are those of the inputs, 'perhaps', or not (`None`)?"
+    "Is `y`, of class indices if `index`, a 'map' of the positions that are mixed, 'perhaps', one of others ('elsewhere'), or none?"
     found = {map_certainty(tuple(channels_first(y).shape[2:]), size, index, channels)
              for size in self.sizes for channels,channels_first in self._as_map(y, len(size))}
-    return next((o for o in ('map', 'perhaps') if o in found), None)
+    if any(size in (tuple(y.shape[1:len(size)+1]), tuple(y.shape[-len(size):])) for size in self.left): found.add('elsewhere')
+    return next((o for o in ('map', 'perhaps', 'elsewhere') if o in found), None)
 
 # %% ../nbs/api/04_masks.ipynb #bae964c0
 @patch

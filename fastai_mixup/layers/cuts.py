@@ -183,7 +183,7 @@ def _after(self:PathCounts):
         for u in _inputs(v): res[u] += res[v]
     return res
 
-# %% ../../nbs/api/13_cuts.ipynb #b6bfe801
+# %% ../../nbs/api/13_cuts.ipynb #3d86bdca
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -203,9 +203,20 @@ class Cut:
         "Is the output shaped like the items: channels, and positions in the same proportions?"
         return all(_has_positions(shape, size, channels_last) for shape in (self.shape, *self.others))
 
-def _has_positions(shape, size, channels_last):
+    def has_own_positions(self,
+        dims:int, # Spatial dimensions of the inputs
+        channels_last:bool=False, # Do channels come after the positions?
+    )->bool:
+        "Has the output at least two spatial dimensions, and more than the inputs, as the spectrogram of a signal?"
+        return all(max(2, dims+1) <= len(_positions(shape, channels_last)) <= 3 for shape in (self.shape, *self.others))
+
+def _positions(shape, channels_last):
     found = shape[1:-1] if channels_last else shape[2:]
-    if shape[:1] != ('bs',) or len(found) != len(size) or 1 in found: return False
+    return () if shape[:1] != ('bs',) or 1 in found else found
+
+def _has_positions(shape, size, channels_last):
+    found = _positions(shape, channels_last)
+    if not found or len(found) != len(size): return False
     scale = found[0]/size[0]
     return all(abs(a - scale*b) < 1 + scale for a,b in zip(found, size))
 
