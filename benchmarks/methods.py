@@ -16,10 +16,11 @@ METHODS = {**{cls.__name__: cls for cls in registry.METHODS if not cls().recipe.
            "RandomMix(per='item')": lambda: RandomMix([MixUpCallback(), CutMixCallback()], per='item'),
            'MixUp(DifferentClass)': lambda: MixUpCallback(pairing=DifferentClass()),
            'MixUp(SameClass)': lambda: MixUpCallback(pairing=SameClass()),
+           'MixUp(LeastOverlap)': lambda: MixUpCallback(pairing=LeastOverlap()),
            'MixUp(PreviousBatch)': lambda: MixUpCallback(pairing=PreviousBatch()), 'MixUp(ReMix)': lambda: MixUpCallback(labels=ReMix())}
 ASKS = {cls.__name__: cls for cls in registry.METHODS if cls().recipe.needs_model and not cls().recipe.watches}
 WHOLE = {'ManifoldMixUp': ManifoldMixUp, 'ManifoldMixUp(CutMix)': lambda: ManifoldMixUp(method=CutMixCallback()), 'AlignMixUp': AlignMixUp,
-         'RegMixUp': RegMixUp, **ASKS}
+         'RegMixUp': RegMixUp, 'GuidedMixup(gradients)': lambda: GuidedMixup(gradients=True), **ASKS}
 TRANSFORMERS = {cls.__name__: cls for cls in registry.METHODS if cls().recipe.watches}
 
 

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/registry.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'PAIRINGS', 'LABEL_RULES', 'LOSSES', 'TOOLS', 'TWINS']
 
-# %% ../nbs/api/70_registry.ipynb #43dad8b3
+# %% ../nbs/api/70_registry.ipynb #e7d2e5de
 from .callback import MixUp, MixUpCallback
 from .distributed import AcrossRanks
 from .labels import ReMix
@@ -17,6 +17,7 @@ from .methods.classmix import ClassMix
 from .methods.cutmix import CutMix, CutMixCallback
 from .methods.fmix import FMix
 from .methods.gridmix import GridMix
+from .methods.guidedmixup import GuidedMixup, LeastOverlap
 from .methods.manifold_mixup import ManifoldMixUp, ManifoldMixUpCallback
 from .methods.puzzlemix import PuzzleMix
 from .methods.random_mix import RandomMix
@@ -32,10 +33,10 @@ from .tools.metrics import MeanLam, MixedAccuracy, MixedShare
 from .tools.mix_find import MixFound
 from .tools.plots import plot_lam, plot_schedule
 
-# %% ../nbs/api/70_registry.ipynb #b6196bc9
-METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, SpecMix, ResizeMix, SaliencyMix, PuzzleMix, SnapMix, TransMix, ClassMix]
+# %% ../nbs/api/70_registry.ipynb #ae15462c
+METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, SpecMix, ResizeMix, SaliencyMix, GuidedMixup, PuzzleMix, SnapMix, TransMix, ClassMix]
 AROUND = [ManifoldMixUp, AlignMixUp, RegMixUp, RandomMix]
-PAIRINGS = [DifferentClass, SameClass, NearTarget, PreviousBatch, AcrossRanks]
+PAIRINGS = [DifferentClass, SameClass, NearTarget, PreviousBatch, LeastOverlap, AcrossRanks]
 LABEL_RULES = [ReMix]
 LOSSES = [LabelSmoothingCE]
 TOOLS = [MixedAccuracy, MeanLam, MixedShare, MixFound, plot_lam, plot_schedule]

@@ -40,7 +40,7 @@ def class_regions(
     chosen = there & (rank < (share*there.sum(1) + upward + 1e-4).floor()[:,None])
     return (chosen.gather(1, code.clamp_max(most-1)) & counted).view(y.shape)
 
-# %% ../../nbs/api/45_classmix.ipynb #e42fa670
+# %% ../../nbs/api/45_classmix.ipynb #4cb5eb61
 @dataclass
 class ClassMixMethod(Method):
     "Replace the regions of half of the partner's classes ([Olsson et al. 2021](https://arxiv.org/abs/2007.07936))"
@@ -56,6 +56,9 @@ class ClassMixMethod(Method):
     def is_off(self, now): return self.share == 0
 
     def plan(self, batch, perm):
+        if batch.shared and len(tensors(batch.yb)) > 1: raise ValueError(
+            "ClassMix cannot give all items one `lam`, as a target besides the map needs here: use a loss function that can be taken item "
+            "by item, and not per='batch'.")
         order,upward = batch.uniform(MOST_CLASSES),batch.uniform()
         regions = class_regions(self.partner_map(batch, perm), order, upward, self.share, self.never)
         return MaskPlan(batch, perm, lambda size: ~at_positions(regions, size))
