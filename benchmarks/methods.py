@@ -3,32 +3,39 @@ from statistics import mean
 
 import bench
 import torch
-from fastai.vision.all import TensorCategory, TensorImage, xresnet18
+from fastai.vision.all import CrossEntropyLossFlat, TensorCategory, TensorImage, TensorMask, xresnet18
 from torchvision.models import VisionTransformer
 
 from fastai_mixup import registry
 from fastai_mixup.all import *
 
 SIZES = ['64x3x128x128']
+def is_of_maps(make): return make().recipe.looks_at == 'targets'
 METHODS = {**{cls.__name__: cls for cls in registry.METHODS if not cls().recipe.needs_model},
            'RandomMix([MixUp, CutMix])': lambda: RandomMix([MixUpCallback(), CutMixCallback()]),
            "RandomMix(per='item')": lambda: RandomMix([MixUpCallback(), CutMixCallback()], per='item'),
            'MixUp(DifferentClass)': lambda: MixUpCallback(pairing=DifferentClass()),
            'MixUp(SameClass)': lambda: MixUpCallback(pairing=SameClass()),
+           'MixUp(LeastOverlap)': lambda: MixUpCallback(pairing=LeastOverlap()),
            'MixUp(PreviousBatch)': lambda: MixUpCallback(pairing=PreviousBatch()), 'MixUp(ReMix)': lambda: MixUpCallback(labels=ReMix())}
 ASKS = {cls.__name__: cls for cls in registry.METHODS if cls().recipe.needs_model and not cls().recipe.watches}
 WHOLE = {'ManifoldMixUp': ManifoldMixUp, 'ManifoldMixUp(CutMix)': lambda: ManifoldMixUp(method=CutMixCallback()), 'AlignMixUp': AlignMixUp,
-         'RegMixUp': RegMixUp, **ASKS}
+         'RegMixUp': RegMixUp, 'GuidedMixup(gradients)': lambda: GuidedMixup(gradients=True), **ASKS}
 TRANSFORMERS = {cls.__name__: cls for cls in registry.METHODS if cls().recipe.watches}
 
 
 def batch(shape): return TensorImage(torch.randn(shape)), TensorCategory(torch.randint(10, shape[:1]))
+def learner_with_maps(shape, make):
+    batch = TensorImage(torch.randn(shape)), TensorMask(torch.randint(10, (shape[0], *shape[2:])))
+    model = bench.GivenPredictions(torch.randn(shape[0], 10, *shape[2:]))
+    return bench.learner(batch, model, make(), CrossEntropyLossFlat(axis=1), batches=12)
 
 
 def inputs_of(size, rounds):
     shape = [int(s) for s in size.split('x')]
     model = bench.GivenPredictions(torch.randn(shape[0], 10))
-    learners = {name: bench.learner(batch(shape), model, make(), batches=12) for name,make in METHODS.items()}
+    learners = {name: learner_with_maps(shape, make) if is_of_maps(make) else bench.learner(batch(shape), model, make(), batches=12)
+                for name,make in METHODS.items()}
     return bench.compare(bench.in_turns(learners, 'inputs', rounds, average=mean), ('MixUp',), size=size)
 
 

@@ -224,11 +224,12 @@ def check_labels(batch:Batch, what:str):
     if not batch.per_item: raise ValueError(
         f"{what} needs a loss function that can be taken item by item, of torch, of fastai or with a method `mixed`")
 
-# %% ../nbs/api/03_batch.ipynb #cc85670c
+# %% ../nbs/api/03_batch.ipynb #53a165e5
 class Method:
     "Base of the mixing methods: how two items become one. A dataclass of its parameters, with one method"
     needs_positions = False # Does it mix only inputs with spatial dimensions (pixels, time steps)?
     needs_model = False # Does it run the model by itself, or watch its forward pass?
+    looks_at = None # Positions of what does it look at: 'inputs' or 'targets'? Its masks fit nothing else
     watches = False # Does it watch a layer in the forward pass of the batch?
     sets_labels = False # Does it weight the labels by a rule of its own?
 

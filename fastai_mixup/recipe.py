@@ -65,9 +65,9 @@ def _check_no_callback(name, value, example):
     if isinstance(value, Callback): raise TypeError(f"{name} must be None or an object such as `{example}`, got {value!r}")
     return check_callable(name, value, example)
 
-# %% ../nbs/api/16_recipe.ipynb #feddb3f4
+# %% ../nbs/api/16_recipe.ipynb #47c7d438
 def _of_method(name): return property(lambda self: getattr(self.method, name))
-for name in 'needs_positions','needs_model','watches','sets_labels','name': setattr(Recipe, name, _of_method(name))
+for name in 'needs_positions','needs_model','looks_at','watches','sets_labels','name': setattr(Recipe, name, _of_method(name))
 
 @patch(as_prop=True)
 def recipes(self:Recipe):

@@ -7,15 +7,17 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/registry.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'PAIRINGS', 'LABEL_RULES', 'LOSSES', 'TOOLS', 'TWINS']
 
-# %% ../nbs/api/70_registry.ipynb #a56c8dea
+# %% ../nbs/api/70_registry.ipynb #e7d2e5de
 from .callback import MixUp, MixUpCallback
 from .distributed import AcrossRanks
 from .labels import ReMix
 from .losses.label_smoothing import LabelSmoothingCE
 from .methods.alignmixup import AlignMixUp
+from .methods.classmix import ClassMix
 from .methods.cutmix import CutMix, CutMixCallback
 from .methods.fmix import FMix
 from .methods.gridmix import GridMix
+from .methods.guidedmixup import GuidedMixup, LeastOverlap
 from .methods.manifold_mixup import ManifoldMixUp, ManifoldMixUpCallback
 from .methods.puzzlemix import PuzzleMix
 from .methods.random_mix import RandomMix
@@ -24,16 +26,17 @@ from .methods.resizemix import ResizeMix
 from .methods.saliencymix import SaliencyMix
 from .methods.smoothmix import SmoothMix
 from .methods.snapmix import SnapMix
+from .methods.specmix import SpecMix
 from .methods.transmix import TransMix
 from .pairing import DifferentClass, NearTarget, PreviousBatch, SameClass
 from .tools.metrics import MeanLam, MixedAccuracy, MixedShare
 from .tools.mix_find import MixFound
 from .tools.plots import plot_lam, plot_schedule
 
-# %% ../nbs/api/70_registry.ipynb #011bca23
-METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, ResizeMix, SaliencyMix, PuzzleMix, SnapMix, TransMix]
+# %% ../nbs/api/70_registry.ipynb #ae15462c
+METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, SpecMix, ResizeMix, SaliencyMix, GuidedMixup, PuzzleMix, SnapMix, TransMix, ClassMix]
 AROUND = [ManifoldMixUp, AlignMixUp, RegMixUp, RandomMix]
-PAIRINGS = [DifferentClass, SameClass, NearTarget, PreviousBatch, AcrossRanks]
+PAIRINGS = [DifferentClass, SameClass, NearTarget, PreviousBatch, LeastOverlap, AcrossRanks]
 LABEL_RULES = [ReMix]
 LOSSES = [LabelSmoothingCE]
 TOOLS = [MixedAccuracy, MeanLam, MixedShare, MixFound, plot_lam, plot_schedule]

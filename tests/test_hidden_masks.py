@@ -641,3 +641,42 @@ def test_batches_of_other_sizes(make):
         M = page['M'][-n:,:n]
         pred = page['pred'] if len(page['M']) == n else None
         if pred is not None: close(page['loss'], total(CE, M, pred, Y[:n]).mean())
+
+# a spectrogram inside of the model
+
+class Spectrogram(nn.Module):
+    def forward(self, x):
+        power = torch.stft(x.flatten(1), 32, 16, window=torch.hann_window(32), return_complex=True).abs()
+        self.said = power.unsqueeze(1).detach()
+        return power.unsqueeze(1)
+class OnWaveforms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.spec,self.body,self.head = Spectrogram(),nn.Conv2d(1, 4, 3),nn.Linear(4, C)
+        self.body.register_forward_pre_hook(lambda m,args: setattr(self, 'x', args[0].detach()))
+    def forward(self, x): return self.head(self.body(self.spec(x)).relu().mean((2, 3)))
+
+@pytest.mark.parametrize('name', ['SpecMix', 'CutMix', 'soft', 'by_batch', 'by_item'])
+@pytest.mark.parametrize('shape', [(N, 1, 400), (N, 400)], ids=['channels', 'none'])
+def test_spectrograms_inside_of_the_model(name, shape):
+    "Whether the waveforms have a dimension of channels or not; also of another length in each batch"
+    wave,model = torch.randn(shape, generator=torch.Generator().manual_seed(0)),OnWaveforms()
+    batches = [(wave[...,:length], Y) for length in (400, 330, 400, 120)]
+    cb = ManifoldMixUp(layers='spec', include_input=False, method=SpecMix() if name == 'SpecMix' else METHODS[name]())
+    kept = []
+    class Look(Callback):
+        order = 65
+        def after_loss(self): kept.append((model.spec.said, model.x))
+    for page,(own,mixed) in zip(pages(cb, model, batches, cbs=[Look()]), kept):
+        plan = page['plan']
+        mask = plan.mask(own.shape[2:])[:,None] if hasattr(plan, 'mask') else plan.lam.view(-1, 1, 1, 1)
+        if getattr(plan, 'views', None) is None: close(mixed, mask*own + (1-mask)*own[plan.index])
+        close(page['lam'], mask.expand_as(own).mean((1, 2, 3)))
+        losses = [F.cross_entropy(page['pred'], y, reduction='none') for y in (Y, Y[plan.index])]
+        close(page['loss'], (page['lam']*losses[0] + (1-page['lam'])*losses[1]).mean())
+
+@pytest.mark.parametrize('make', [SaliencyMix, PuzzleMix, lambda: RandomMix([CutMix(), SaliencyMix()])])
+def test_methods_that_look_at_the_inputs_mix_no_other_positions(make):
+    data = [(torch.randn(N, 1, 400), Y)]
+    with pytest.raises(ValueError, match='the inputs, at which it looks'):
+        fitted(ManifoldMixUp(layers='spec', method=make()), OnWaveforms(), data)

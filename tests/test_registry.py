@@ -54,10 +54,27 @@ def check_mixed(found, own_labels=False):
             y,y1 = page.first+at,page.first+page.plan.index
             close(page.loss, (w*losses(page)[at,y] + (1-w)*losses(page)[at,y1]).mean())
 
-@pytest.mark.parametrize('cls', [cls for cls in METHODS if not cls().recipe.watches])
+of_maps = [cls for cls in METHODS if cls().recipe.looks_at == 'targets']
+@pytest.mark.parametrize('cls', [cls for cls in METHODS if not cls().recipe.watches and cls not in of_maps])
 def test_methods(cls):
     torch.manual_seed(1)
     check_mixed(pages(cls()), own_labels=cls().recipe.sets_labels)
+
+@pytest.mark.parametrize('cls', of_maps)
+def test_methods_of_maps(cls):
+    "Position by position, what the model saw of an item is the weight of its class there"
+    torch.manual_seed(1)
+    x,y = torch.eye(N).view(N, N, 1, 1).expand(N, N, *SIZE).contiguous(),torch.randint(C, (N, *SIZE))
+    model,seen = nn.Conv2d(N, C, 1),[]
+    class Note(Callback):
+        order = 70
+        def after_loss(self): seen.append((self.learn.x.detach(), self.learn.pred.detach(), self.learn.loss.detach()))
+    learn = Learner(DataLoaders([(x, y)]*4, [], device='cpu'), model, CrossEntropyLossFlat(axis=1), SGD, lr=.01, cbs=[cls(), Note()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert any(not torch.equal(M, x) for M,*_ in seen)
+    for M,pred,loss in seen:
+        items = torch.stack([F.cross_entropy(pred, o.expand_as(y), reduction='none') for o in y], 1)
+        close(loss, (M*items).sum(1).mean())
 
 @pytest.mark.parametrize('cls', PAIRINGS)
 def test_pairings(cls):

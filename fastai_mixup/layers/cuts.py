@@ -193,7 +193,7 @@ def _after(self:PathCounts):
         for u in _inputs(v): res[u] += res[v]
     return res
 
-# %% ../../nbs/api/13_cuts.ipynb #7522dd96
+# %% ../../nbs/api/13_cuts.ipynb #c03f2575
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -215,10 +215,21 @@ class Cut:
         shapes = zip((self.shape, *self.others), self.dims[0] if self.dims else [()])
         return all(_has_positions(shape, size, channels_last, (halved or {}).get(path)) for shape,path in shapes)
 
+    def has_own_positions(self,
+        dims:int, # Spatial dimensions of the inputs
+        channels_last:bool=False, # Do channels come after the positions?
+    )->bool:
+        "Has the output at least two spatial dimensions, and more than the inputs, as the spectrogram of a signal?"
+        return all(max(2, dims+1) <= len(_positions(shape, channels_last)) <= 3 for shape in (self.shape, *self.others))
+
+def _positions(shape, channels_last):
+    found = shape[1:-1] if channels_last else shape[2:]
+    return () if shape[:1] != ('bs',) or 1 in found else found
+
 def _has_positions(shape, size, channels_last, halved):
     first,last = range(2, len(shape)),range(1, len(shape)-1)
     at,other = (last, first) if channels_last else (first, last)
-    if shape[:1] != ('bs',) or len(at) != len(size) or any(shape[d] == 1 for d in at): return False
+    if len(_positions(shape, channels_last)) != len(size): return False
     changed = [d for d,n in enumerate(halved or ()) if d and n != shape[d]]
     def fits(at):
         scale = shape[at[0]]/size[0]

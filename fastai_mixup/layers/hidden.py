@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/hidden.html.md"""
 # %% auto #0
 __all__ = ['HiddenLayer', 'RandomLayer', 'inner_model']
 
-# %% ../../nbs/api/15_hidden.ipynb #e6505a2c
+# %% ../../nbs/api/15_hidden.ipynb #66ccaefc
 from fnmatch import fnmatchcase
 from functools import partial
 from warnings import warn
@@ -20,14 +20,19 @@ from torch import nn
 from ..batch import private_generator
 from ..checks import check_choice
 from ..losses.spec import loss_spec
+from ..masks import MaskPlan
 from ..ops import has_rows, leaves, map_leaves
 from .cuts import Cut, choose_cuts, find_cuts, halved_shapes, knows_nothing_else
 from .inputs import InputMixer, Inputs, check_uncompiled, is_sharded, unwrapped
 
-# %% ../../nbs/api/15_hidden.ipynb #37d23aa0
+# %% ../../nbs/api/15_hidden.ipynb #326e8e16
 class HiddenLayer:
     "Mixes what a layer gives, or the model as a whole"
-    def __init__(self, cut:Cut, change=None): self.cut,self.change = cut,change
+    def __init__(self,
+        cut:Cut, # The layer
+        change=None, # Called with the plan; returns the one by which the layer is mixed
+        own_positions=False, # Has it other positions than the inputs?
+    ): self.cut,self.change,self.own_positions = cut,change,own_positions
 
     @property
     def name(self): return self.cut.name
@@ -36,6 +41,7 @@ class HiddenLayer:
 
     def apply(self, run):
         "Mix what the layer gives in the forward pass of `run`"
+        if self.own_positions and isinstance(run.plan, MaskPlan): run.plan.leave_inputs(run.batch)
         plan = run.plan if self.change is None else self.change(run.plan)
         run.forward.layer,run.forward.at_layer = self.module,partial(self._mixed, run.forward, plan)
 
@@ -156,7 +162,7 @@ def check(self:RandomLayer, run):
     "Raise an error unless the layer was mixed once"
     self.drawn.check(run)
 
-# %% ../../nbs/api/15_hidden.ipynb #ea2ed40b
+# %% ../../nbs/api/15_hidden.ipynb #62967440
 def inner_model(model):
     if isinstance(model, nn.DataParallel): raise ValueError(
         "ManifoldMixUp cannot mix in a DataParallel model, whose replicas see parts of the batch. Use DistributedDataParallel "
@@ -174,32 +180,46 @@ def find(self:RandomLayer, cb, learn, xb, n):
         model = inner_model(learn.model)
         self.cuts = find_cuts(model, xb, n, cb.inputs)
         hidden = self._named(cb, model, names, xb, n) if self.wanted is not None else self._chosen(cb, model, xb, n)
-    layers = [HiddenLayer(c, self.change) for c in hidden]
+    own = self.with_own_positions(cb, xb, n)
+    layers = [HiddenLayer(c, self.change, own(c)) for c in hidden]
     if 'output' in (self.wanted or []): layers.append(HiddenLayer(Cut('output', learn.model, [], (), 1.)))
     self.layers = [Inputs()]*self.include_input + layers
 
-# %% ../../nbs/api/15_hidden.ipynb #34957e9d
+# %% ../../nbs/api/15_hidden.ipynb #a0ff05ad
 @patch
 def suits(self:RandomLayer, cb, xb, n):
-    "A test whether a layer suits the method: one that needs positions keeps to layers that are shaped like the inputs"
-    return self.with_positions(cb, xb, n) if cb.recipe.needs_positions else lambda cut: True
+    "A test whether a layer suits the method: one that needs positions keeps to layers that have some"
+    if not cb.recipe.needs_positions: return lambda cut: True
+    tests = self.with_positions(cb, xb, n),self.with_own_positions(cb, xb, n)
+    return lambda cut: any(test(cut) for test in tests)
+
+def _sizes(cb, xb, n): return InputMixer(cb.learn.model, xb, cb.inputs, cb.layout).sizes(xb, n)
 
 @patch
 def with_positions(self:RandomLayer, cb, xb, n):
     "A test whether a layer has the positions of the inputs, perhaps fewer (signals only where the user names the layer)"
-    layout = cb.layout
+    layout,sizes = cb.layout,_sizes(cb, xb, n)
     mixer = InputMixer(cb.learn.model, xb, cb.inputs, layout)
-    sizes,halved = mixer.sizes(xb, n),halved_shapes(inner_model(cb.learn.model), xb, n, mixer, self.cuts.memory)
+    halved = halved_shapes(inner_model(cb.learn.model), xb, n, mixer, self.cuts.memory)
     if self.wanted is None and not layout.channels_last: sizes = [size for size in sizes if len(size) > 1]
     return lambda cut: any(cut.has_positions(size, layout.channels_last, halved.get(cut.module)) for size in sizes)
 
-# %% ../../nbs/api/15_hidden.ipynb #bee3b5d7
+@patch
+def with_own_positions(self:RandomLayer, cb, xb, n):
+    "A test whether a layer that the user names has positions of its own, for methods that look at no others"
+    if self.wanted is None or not cb.recipe.needs_positions or cb.recipe.looks_at is not None: return lambda cut: False
+    dims = max(map(len, _sizes(cb, xb, n)), default=0)
+    return lambda cut: cut.has_own_positions(dims, cb.layout.channels_last)
+
+# %% ../../nbs/api/15_hidden.ipynb #6597092f
 @patch
 def _named(self:RandomLayer, cb, model, names, xb, n):
     chosen,suits = list({c.name: c for o in names for c in select_cuts(self.cuts, model, o)}.values()),self.suits(cb, xb, n)
     for c in chosen:
-        if not suits(c): raise ValueError(f"layers: {c.name} gives {' x '.join(map(str, c.shape))}, but {cb.method_name} needs spatial "
-                                          "dimensions there, in the same proportions and the same layout as those of the inputs")
+        if not suits(c): raise ValueError(
+            f"layers: {c.name} gives {' x '.join(map(str, c.shape))}, but {cb.method_name} needs spatial dimensions there, in the same "
+            f"proportions and the same layout as those of the {cb.recipe.looks_at or 'inputs'}"
+            + (", at which it looks" if cb.recipe.looks_at else ", or more of them, as a spectrogram of a signal has"))
     return chosen
 
 @patch

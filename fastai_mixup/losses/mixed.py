@@ -40,7 +40,7 @@ def check_targets(yb:tuple, n:int):
             f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} "
             "items.")
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #9a3bfbf6
+# %% ../../nbs/api/07_mixed_loss.ipynb #fe3fcbcd
 def target_options(targets):
     "The option `targets` as a list"
     return targets if isinstance(targets, list) else [targets]
@@ -64,9 +64,13 @@ def how_mixed(y:Tensor, pred, spec:LossSpec, plan:Plan, targets:str|None=None)->
     certainty = plan.certainty(y, index)
     compared = isinstance(pred, Tensor) and pred.numel() == y.numel()
     if certainty and y.ndim == 2 and not index and spec.takes_rows: certainty = None
-    if certainty and index and compared and not spec.known and y.ndim == 2: certainty = 'perhaps' # labels of steps, or several of an item
+    several = index and compared and not spec.known and y.ndim == 2 # labels of steps, or several of an item
+    if certainty == 'map' and several: certainty = 'perhaps'
     if targets == 'average': return 'losses' if index and spec.known else 'average' # class indices have no average
     if targets == 'losses' or (targets == 'paste' and plan.may_be_map(y)): return targets
+    if certainty == 'elsewhere': raise ValueError(
+        f"A target of shape {tuple(y.shape)} has the positions of the inputs, but {plan.layer}, where the batch is mixed, has others, by "
+        "which it cannot be pasted. Choose other `layers=`; or, if it is no map, say targets='average' or 'losses'.")
     if certainty == 'perhaps' and targets is None: raise ValueError(
         f"A target of shape {tuple(y.shape)} may be a map, whose positions are those of the inputs, or none, such as a forecast or a "
         "matrix. Say which: targets='paste' takes each position from the item that is seen there, targets='average' averages whole "

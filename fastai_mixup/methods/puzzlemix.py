@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/puzzlemix.html.md"""
 # %% auto #0
 __all__ = ['PuzzleMixMethod', 'PuzzleMix']
 
-# %% ../../nbs/api/38_puzzlemix.ipynb #73122fa9
+# %% ../../nbs/api/38_puzzlemix.ipynb #8dd69fe2
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..batch import BetaMethod
 from ..callback import MixCallback
 from ..checks import check_choice, check_number, check_whole
-from ..masks import MaskPlan, along
+from ..masks import MaskPlan, along, at_positions
 from ..ops import Others, has_rows, leaves, map_leaves, partners
 from ..probe import untouched
 
@@ -108,13 +108,8 @@ def transport(salient:Tensor, shown:Tensor, travel:float=.8, rounds:int=12)->Ten
         source = source.gather(1, mate).where(mate.gather(1, mate) == here, source)
     return source
 
-# %% ../../nbs/api/38_puzzlemix.ipynb #cc630c09
+# %% ../../nbs/api/38_puzzlemix.ipynb #a8cc715e
 def _first(block, n, blocks): return (block*n + blocks-1) // blocks # position of a block along a side of n
-
-def at_positions(o:Tensor, size:tuple)->Tensor:
-    "`o`, one value for each block, shape (n, *blocks), at each position, shape (n, *size)"
-    for dim,n in enumerate(size, 1): o = o.index_select(dim, torch.arange(n, device=o.device)*o.shape[dim] // n)
-    return o
 
 def source_positions(source:Tensor, blocks:tuple, size:tuple)->Tensor:
     "A permutation of blocks, shape (n, blocks), as which position every position holds, shape (n, positions)"
@@ -168,7 +163,7 @@ def puzzle_plan(batch, perm, lam, solved, moves, levels=2):
         return [move_blocks(o, positions) for o,positions in zip((own, partner), found[size])]
     return MaskPlan(batch, perm, mask, lam, views=views if moves else None)
 
-# %% ../../nbs/api/38_puzzlemix.ipynb #28e0ec02
+# %% ../../nbs/api/38_puzzlemix.ipynb #183586b4
 @dataclass
 class PuzzleMixMethod(BetaMethod):
     "Show the blocks of each item and of its partner that matter most to the model ([Kim et al. 2020](https://arxiv.org/abs/2009.06962))"
@@ -179,6 +174,7 @@ class PuzzleMixMethod(BetaMethod):
     travel:float|None=50. # Price of the way of a block as long as a side, from 0 to 1000; `None` moves none
     exact:bool=True # Keep just the share that was drawn? `False` lets salience win over it, as in the paper
     needs_positions = needs_model = True
+    looks_at = 'inputs'
 
     def __post_init__(self):
         super().__post_init__()

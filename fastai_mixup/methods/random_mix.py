@@ -98,7 +98,7 @@ def recipe_of(name:str, cb, *leaves):
     if found: raise ValueError(f"{name} must leave {', '.join(map(repr, found))} to the callback around, got it in {cb!r}")
     return cb.recipe
 
-# %% ../../nbs/api/37_random_mix.ipynb #42319df4
+# %% ../../nbs/api/37_random_mix.ipynb #22f79d6c
 @dataclass
 class RandomMixMethod(Method):
     "Mix each batch, or each item, by one of several methods"
@@ -122,6 +122,7 @@ class RandomMixMethod(Method):
 
     needs_positions = property(lambda self: any(o.needs_positions for o in self.recipes))
     needs_model = property(lambda self: any(o.needs_model for o in self.recipes))
+    looks_at = property(lambda self: next((o.looks_at for o in self.recipes if o.looks_at), None))
     watches = property(lambda self: any(o.watches for o in self.recipes))
     sets_labels = property(lambda self: any(o.sets_labels for o in self.recipes))
     def is_off(self, now): return not any(self.weights_at(now)[:-1])

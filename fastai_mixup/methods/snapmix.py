@@ -63,12 +63,13 @@ def _shares(centre, side, size):
     edges = [box_edges(centre[:,dim], side.expand_as(centre)[:,dim], n) for dim,n in enumerate(size)]
     return [(low/n, high/n) for (low,high),n in zip(edges, size)]
 
-# %% ../../nbs/api/39_snapmix.ipynb #38a87a9d
+# %% ../../nbs/api/39_snapmix.ipynb #cec151fb
 @dataclass
 class SnapMixMethod(BetaMethod):
     "Replace a box of each item by one of its partner; labels count what both show ([Huang et al. 2021](https://arxiv.org/abs/2012.04846))"
     alpha:float|Callable=5. # Of Beta(alpha, alpha), from which the shares outside of both boxes are drawn: 0 (no mixing) or 1e-9 to 1e9
     needs_positions = needs_model = sets_labels = True
+    looks_at = 'inputs'
     def plan(self, batch, perm):
         check_labels(batch, self.name)
         images = self._first_images(batch)

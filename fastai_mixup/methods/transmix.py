@@ -88,12 +88,13 @@ def patch_grid(tokens:int, size:tuple, most:int=8)->tuple|None:
     grids = [(h, n//h) for n,h in heights if h and n % h == 0 and error((h, n//h)) < max(size)]
     return min(grids, key=error, default=None)
 
-# %% ../../nbs/api/40_transmix.ipynb #74855d80
+# %% ../../nbs/api/40_transmix.ipynb #5b1b538a
 @dataclass
 class TransMixMethod(CutMixMethod):
     "CutMix whose labels are weighted by what a transformer attends to ([Chen et al. 2022](https://arxiv.org/abs/2111.09833))"
     attention:float=.5 # Share of the attention in the weight of a label, in [0, 1]; the rest is the area's. 1 is the attention alone
     needs_model = watches = sets_labels = True
+    looks_at = 'inputs'
 
     def __post_init__(self):
         super().__post_init__()
