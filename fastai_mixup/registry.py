@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/registry.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'PAIRINGS', 'LABEL_RULES', 'LOSSES', 'TOOLS', 'TWINS']
 
-# %% ../nbs/api/70_registry.ipynb #70974582
+# %% ../nbs/api/70_registry.ipynb #b396dfb9
 from .callback import MixUp, MixUpCallback
 from .distributed import AcrossRanks
 from .labels import ReMix
@@ -26,15 +26,15 @@ from .methods.smoothmix import SmoothMix
 from .methods.snapmix import SnapMix
 from .methods.transmix import TransMix
 from .pairing import DifferentClass, FromLoader, NearTarget, PreviousBatch, RareClass, SameClass
-from .tools.metrics import MeanLam, MixedAccuracy, MixedShare
+from .tools.metrics import ExpectedCalibrationError, MeanLam, MixedAccuracy, MixedShare
 from .tools.mix_find import MixFound
 from .tools.plots import plot_lam, plot_schedule
 
-# %% ../nbs/api/70_registry.ipynb #4348e065
+# %% ../nbs/api/70_registry.ipynb #107e171e
 METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, ResizeMix, SaliencyMix, PuzzleMix, SnapMix, TransMix]
 AROUND = [ManifoldMixUp, AlignMixUp, RegMixUp, RandomMix]
 PAIRINGS = [DifferentClass, SameClass, RareClass, NearTarget, PreviousBatch, FromLoader, AcrossRanks]
 LABEL_RULES = [ReMix]
 LOSSES = [LabelSmoothingCE]
-TOOLS = [MixedAccuracy, MeanLam, MixedShare, MixFound, plot_lam, plot_schedule]
+TOOLS = [MixedAccuracy, ExpectedCalibrationError, MeanLam, MixedShare, MixFound, plot_lam, plot_schedule]
 TWINS = dict(MixUpCallback=MixUpCallback, ManifoldMixUpCallback=ManifoldMixUpCallback, CutMixCallback=CutMixCallback) # names that stay ours
