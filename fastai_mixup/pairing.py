@@ -118,7 +118,7 @@ def rare_log_weights(count:Tensor)->Tensor:
     "Logarithm of the probability with which each item is a partner, but for a constant, of the number of items of its class, shape (n,)"
     return torch.where(count > 0, -count.clamp_min(1e-9).log(), torch.finfo(count.dtype).min/2)
 
-# %% ../nbs/api/50_pairing.ipynb #052e6cd5
+# %% ../nbs/api/50_pairing.ipynb #0fc9263d
 class RareClass(PairingBy):
     "Pair each item with one of a rare class as often as of a frequent one (CMO, [Park et al. 2022](https://arxiv.org/abs/2112.00412))"
     window = 4096
@@ -146,7 +146,9 @@ class RareClass(PairingBy):
 
     def _seen(self, batch, y):
         seen = batch.memory[self] = torch.cat([y, batch.memory.get(self, y[:0])])[:max(self.window, len(y))]
-        return (y[:,None] == seen).sum(1).float().where(y >= 0, 0)
+        in_order = seen.sort().values
+        count = torch.searchsorted(in_order, y, right=True) - torch.searchsorted(in_order, y)
+        return count.float().where(y >= 0, 0)
 
 # %% ../nbs/api/50_pairing.ipynb #f6f4e33c
 def near_log_weights(at:Tensor, sigma:float)->Tensor:
