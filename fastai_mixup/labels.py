@@ -7,11 +7,11 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/labels.html.md"""
 # %% auto #0
 __all__ = ['ReMix']
 
-# %% ../nbs/api/52_labels.ipynb #775dcb7b
+# %% ../nbs/api/52_labels.ipynb #83cda98d
 import torch
 from torch import Tensor
 
-from .checks import check_number
+from .checks import check_counts, check_number
 from .recipe import as_code
 
 # %% ../nbs/api/52_labels.ipynb #fcec4ac0
@@ -26,7 +26,7 @@ def remix_lam(
     frequent,rare = count >= kappa*partner_count,partner_count >= kappa*count
     return lam.masked_fill(frequent & (lam < tau), 0.).masked_fill(rare & (1-lam < tau), 1.)
 
-# %% ../nbs/api/52_labels.ipynb #ed99047a
+# %% ../nbs/api/52_labels.ipynb #1b0160de
 class ReMix:
     "Weight labels in favour of rare classes ([Chou et al. 2020](https://arxiv.org/abs/2007.03943)): `MixUp(labels=ReMix())`"
     def __init__(self,
@@ -35,12 +35,8 @@ class ReMix:
         counts:list|Tensor|None=None, # Number of training items of each class, shape (classes,); `None` counts those seen so far in the fit
     ):
         "Raises a `TypeError` or `ValueError` that names the parameter, its range and what was received"
-        if isinstance(counts, (str, dict)): raise TypeError(
-            f"counts must be a list or tensor with one number for each class, got {counts!r}")
         self.kappa,self.tau = check_number('kappa', kappa, 1, 1e9),check_number('tau', tau, 0, 1)
-        self.counts = None if counts is None else torch.as_tensor(counts, dtype=torch.float32)
-        if self.counts is not None and (self.counts.ndim != 1 or not (self.counts >= 0).all()): raise ValueError(
-            f"counts must hold one number from 0 on for each class, got {counts!r}")
+        self.counts = check_counts(counts)
 
     def __repr__(self):
         counts = '' if self.counts is None else f', counts={[int(o) if o == int(o) else o for o in self.counts.tolist()]}'

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/registry.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'PAIRINGS', 'LABEL_RULES', 'LOSSES', 'TOOLS', 'TWINS']
 
-# %% ../nbs/api/70_registry.ipynb #e7d2e5de
+# %% ../nbs/api/70_registry.ipynb #7d955d4c
 from .callback import MixUp, MixUpCallback
 from .distributed import AcrossRanks
 from .labels import ReMix
@@ -28,16 +28,16 @@ from .methods.smoothmix import SmoothMix
 from .methods.snapmix import SnapMix
 from .methods.specmix import SpecMix
 from .methods.transmix import TransMix
-from .pairing import DifferentClass, NearTarget, PreviousBatch, SameClass
-from .tools.metrics import MeanLam, MixedAccuracy, MixedShare
+from .pairing import DifferentClass, FromLoader, NearTarget, PreviousBatch, RareClass, SameClass
+from .tools.metrics import ExpectedCalibrationError, MeanLam, MixedAccuracy, MixedShare
 from .tools.mix_find import MixFound
 from .tools.plots import plot_lam, plot_schedule
 
-# %% ../nbs/api/70_registry.ipynb #ae15462c
+# %% ../nbs/api/70_registry.ipynb #9bf0084f
 METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, SpecMix, ResizeMix, SaliencyMix, GuidedMixup, PuzzleMix, SnapMix, TransMix, ClassMix]
 AROUND = [ManifoldMixUp, AlignMixUp, RegMixUp, RandomMix]
-PAIRINGS = [DifferentClass, SameClass, NearTarget, PreviousBatch, LeastOverlap, AcrossRanks]
+PAIRINGS = [DifferentClass, SameClass, RareClass, NearTarget, PreviousBatch, FromLoader, LeastOverlap, AcrossRanks]
 LABEL_RULES = [ReMix]
 LOSSES = [LabelSmoothingCE]
-TOOLS = [MixedAccuracy, MeanLam, MixedShare, MixFound, plot_lam, plot_schedule]
+TOOLS = [MixedAccuracy, ExpectedCalibrationError, MeanLam, MixedShare, MixFound, plot_lam, plot_schedule]
 TWINS = dict(MixUpCallback=MixUpCallback, ManifoldMixUpCallback=ManifoldMixUpCallback, CutMixCallback=CutMixCallback) # names that stay ours

@@ -1,5 +1,7 @@
 "Partners are of the kind that was asked for, and whoever they are, the loss is that of the mixing matrix."
+import copy
 import gc
+import random
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -23,14 +25,17 @@ from fastai.basics import (
 from fastai.callback.training import GradientAccumulation
 from fastai.data.all import Datasets
 from fastai.learner import load_learner
-from fastai.vision.core import TensorMask
+from fastai.torch_core import TensorCategory, set_seed
+from fastai.vision.core import TensorImage, TensorMask
 from oracle import BS, C, N, Net, batches, check, close, fit, learner, mixed_losses, mixed_targets, plain, shared_lam
 from scipy import stats
 from sklearn.neighbors import KernelDensity
+from torch.utils.data import DataLoader as TorchLoader
 
 from fastai_mixup.all import *
 from fastai_mixup.batch import Batch, Draws
 from fastai_mixup.pairing import different_class, near_log_weights, same_class
+from fastai_mixup.probe import same_draws
 
 IDS = torch.arange(N)
 OTHER,SAME = IDS % 5,torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4])
@@ -253,12 +258,13 @@ def test_near_targets_far_from_zero():
 def test_what_cannot_be_near(by):
     with pytest.raises(ValueError, match='NearTarget.*row'): pages(MixUp(pairing=NearTarget(by=by)), NUMBERS, MSELossFlat())
 
-@pytest.mark.parametrize('make', [lambda: NearTarget(0), lambda: NearTarget('a'), lambda: NearTarget(by=3), lambda: MixUp(pairing='same'),
+@pytest.mark.parametrize('make', [lambda: NearTarget(0), lambda: NearTarget('a'), lambda: NearTarget(by='domain'),
+    lambda: SameClass(by=-1), lambda: DifferentClass(by=True), lambda: RareClass(by=SameClass), lambda: MixUp(pairing='same'),
     lambda: MixUp(pairing=SameClass), lambda: RegMixUp(method=CutMix(), pairing=SameClass()),
     lambda: ManifoldMixUp(pairing=PreviousBatch()), lambda: ManifoldMixUp(method=CutMix(pairing=PreviousBatch())),
     lambda: AlignMixUp(pairing=PreviousBatch()), lambda: RandomMix([MixUp(pairing=SameClass())], per='item')])
 def test_what_makes_no_sense_is_refused(make):
-    with pytest.raises((TypeError, ValueError), match='sigma|by|pairing'): make()
+    with pytest.raises((TypeError, ValueError), match='sigma|by must|pairing'): make()
 
 def test_hidden_layers_have_no_previous_batch_in_a_random_choice_either():
     with pytest.raises(ValueError, match='pairing'): ManifoldMixUp(method=RandomMix([CutMix(pairing=PreviousBatch())]))
@@ -568,3 +574,240 @@ def test_gradients_accumulate_over_previous_batches():
     weight,bias = model.head.weight.detach().clone().requires_grad_(),model.head.bias.detach()
     total = sum(mixed_losses(CE, OTHER)(p.x, F.linear(p.x, weight, bias), IDS) for p in seen[:4])/4
     close(grads[0], torch.autograd.grad(total, weight)[0], 1e-4)
+
+# By another target, or by what a function returns
+
+DOMAIN = IDS % 3
+@pytest.mark.parametrize('make', [SameClass, DifferentClass])
+@pytest.mark.parametrize('by', [1, lambda batch: batch.yb[1], lambda batch: batch.xb[1]], ids=['position', 'target', 'input'])
+def test_groups(make, by):
+    "Partners are of the same group or of another, of whatever class, and the loss has the labels of both"
+    def loss_func(pred, y, domain): return F.cross_entropy(pred, y)
+    data,met = [(EYE[i], DOMAIN[i], OTHER[i], DOMAIN[i]) for i in IDS.split(BS)]*6,set()
+    cb = MixUp(1., pairing=make(by=by), inputs=0, per='batch')
+    for page,ids in zip(previous(data, cb, Keeps(), loss_func, n_inp=2), [*IDS.split(BS)]*6):
+        here = partner(page.x, ids)
+        found = (here >= 0) & (here != ids)
+        assert ((DOMAIN[here] == DOMAIN[ids]) == (make is SameClass))[found].all()
+        met |= set((OTHER[here] == OTHER[ids])[found].tolist())
+        lam,here = page.x[range(len(ids)),ids],torch.where(found, here, ids)
+        lam = lam.amin() # 1 for an item that is its own partner
+        close(page.loss, lam*F.cross_entropy(page.pred, OTHER[ids]) + (1-lam)*F.cross_entropy(page.pred, OTHER[here]), 1e-4)
+    assert False in met, 'also of another class'
+
+@pytest.mark.parametrize('by', [2, lambda batch: None, lambda batch: batch.xb[0], lambda batch: torch.zeros(3).long()])
+@pytest.mark.parametrize('make', [SameClass, DifferentClass, RareClass])
+def test_what_is_no_group(make, by):
+    y = torch.zeros(4).long()
+    with pytest.raises(ValueError, match=f'pairing={make.__name__}.*class index for each of the 4 items.*(by returned|target 2 is None)'):
+        make(by=by)(Batch((torch.rand(4, 2),), (y, y), 4, memory={}))
+
+# Rare classes
+
+def rare(pairing, y, n=3000, memory=None):
+    "How often each item is the partner of each"
+    batch = Batch((), (y,), len(y), draws=Draws(torch.Generator().manual_seed(0)), memory={} if memory is None else memory)
+    return sum(F.one_hot(pairing(batch), len(y)) for _ in range(n)).double()/n
+
+@pytest.mark.parametrize('y', [OTHER, SAME, torch.tensor([0]*9 + [1, 2]), torch.tensor([5, 5, 5, 5, 900])], ids=str)
+@pytest.mark.parametrize('given', [True, False])
+def test_rare_classes_are_drawn_by_the_inverse_of_their_frequency(given, y):
+    counts = torch.randint(1, 50, (901,), generator=torch.Generator().manual_seed(0)) if given else y.bincount(minlength=901)
+    want = (1/counts[y].double()).expand(len(y), -1).clone().fill_diagonal_(0)
+    met = rare(RareClass(counts if given else None), y)
+    close(met, want/want.sum(1, keepdim=True), .05)
+
+def test_classes_are_counted_over_the_fit():
+    memory,pairing = {},RareClass()
+    for y in torch.zeros(20).long(), torch.ones(5).long(): rare(pairing, y, 1, memory)
+    met = rare(pairing, torch.tensor([0, 0, 1]), 1, memory) # 22 of class 0, 6 of class 1
+    seen, = memory.values()
+    assert seen.bincount().tolist() == [22, 6]
+    pairing.window = 4
+    rare(pairing, torch.tensor([2, 2, 3]), 1, memory)
+    assert memory[pairing].tolist() == [2, 2, 3, 0], 'the last ones'
+    assert met.sum() == 3
+
+@pytest.mark.parametrize('counts', [None, [4, 3, 0]])
+def test_ignored_classes_are_partners_of_nobody(counts):
+    met = rare(RareClass(counts), torch.tensor([0, 0, -100, 1]), 500)
+    assert met[:,2].sum() == 0 and (met[:,[0, 1, 3]] > 0).sum() == 9
+    assert rare(RareClass(counts), torch.tensor([-100, -100]), 3).tolist() == [[0, 1], [1, 0]]
+
+def test_rare_classes_wait_for_no_device():
+    y = torch.zeros(9, dtype=torch.long, device='meta')
+    for pairing in RareClass(), RareClass([3, 2]): assert pairing(Batch((), (y,), 9, memory={})).is_meta
+
+# A second loader
+
+class Loader:
+    "Batches in turn; counts how often it was begun"
+    def __init__(self, batches): self.batches,self.begun = batches,0
+    def __iter__(self):
+        self.begun += 1
+        return iter(self.batches)
+    def __len__(self): return len(self.batches)
+
+SPLIT = IDS[:7].split(3)
+@pytest.mark.parametrize('sizes', [(4,), (1, 2, 1), (2, 2), (4, 4, 4)], ids=str)
+@pytest.mark.parametrize('kind', INPUTS)
+def test_second_loader(kind, sizes):
+    "Items 0 to 6 are trained on, the others come from the loader, in batches of other sizes"
+    x,net = INPUTS[kind]
+    def items(i): return ({'a': x['a'][i], 'b': [x['b'][0][i]]} if kind == 'dict' else x[i], OTHER[i])
+    other = [IDS[7:][torch.arange(at, at+size) % 4] for at,size in enumerate(sizes)]
+    loader = Loader([items(i) for i in other])
+    seen = previous([items(i) for i in SPLIT], MixUp(1., pairing=FromLoader(loader)), net(), CrossEntropyLossFlat(), epochs=2)
+    tol = 2e-2 if 'half' in kind or 'bfloat' in kind else 1e-4
+    assert len(seen) == 6 and loader.begun == -(-6//len(sizes))
+    for b,page in enumerate(seen):
+        M = (page.x.real if page.x.is_complex() else page.x).float()
+        check_previous(M, SPLIT[b % 3].tolist(), len(M), other[b % len(other)].tolist() if tol < 1e-3 else range(N))
+        met = partner(M, SPLIT[b % 3])
+        if tol < 1e-3 and sizes == (4,): assert len(met.unique()) == len(met), 'each item of a larger batch at most once'
+        close(page.loss, mixed_losses(CE, OTHER)(M, page.pred, IDS), tol)
+
+@pytest.mark.parametrize('name', sorted(set(METHODS) - {'batch'}))
+@pytest.mark.parametrize('loss', ['CE', 'weighted', 'smoothed'])
+def test_second_loader_by_each_method(name, loss):
+    loss_func,want = INDEX[loss]
+    data = [(pictures()[i], OTHER[i]) for i in SPLIT]
+    pairing = FromLoader([(pictures()[7:], OTHER[7:])])
+    for b,page in enumerate(previous(data, METHODS[name](pairing=pairing), Keeps(mean), loss_func, epochs=2)):
+        ids = SPLIT[b % 3]
+        if name != 'by_batch': check_previous(page.x, ids.tolist(), len(ids), IDS[7:].tolist())
+        close(page.loss, want(OTHER)(page.x, page.pred, IDS), 1e-4)
+
+@pytest.mark.parametrize('cb', [partial(RegMixUp, 2.), lambda pairing: RegMixUp(method=CutMix(pairing=pairing))])
+def test_second_loader_in_addition_to_the_clean_batch(cb):
+    data = [(pictures()[i], OTHER[i]) for i in SPLIT]
+    for b,page in enumerate(previous(data, cb(pairing=FromLoader([(pictures()[7:], OTHER[7:])])), Keeps(mean), CrossEntropyLossFlat())):
+        ids,n = SPLIT[b],len(SPLIT[b])
+        close(page.x[:n], EYE[ids])
+        check_previous(page.x[n:], ids.tolist(), n, IDS[7:].tolist())
+
+@pytest.mark.parametrize('make', [lambda: ManifoldMixUp(pairing=FromLoader([])), lambda: AlignMixUp(pairing=FromLoader([]))])
+def test_hidden_layers_have_no_second_loader(make):
+    with pytest.raises(ValueError, match='from outside of the batch'): make()
+
+def random_item(i):
+    "An item that draws from all streams"
+    noise = torch.rand(2)[0].item() + random.random() + np.random.rand()
+    return F.one_hot(torch.tensor(i), N).float() + torch.zeros(N).index_fill_(0, torch.tensor([(i+1) % N]), 1e-6*noise)
+
+def torch_loader(): return TorchLoader(Items(range(N)), 4, shuffle=True)
+def fastai_loader():
+    return Datasets(list(range(N)), [[random_item], [_item_class]], splits=(range(N), range(N))).dataloaders(bs=4, num_workers=0,
+        device=torch.device('cpu')).train
+class Items:
+    def __init__(self, ids): self.ids = ids
+    def __len__(self): return len(self.ids)
+    def __getitem__(self, i): return random_item(i),i % 2
+
+class Noise(Keeps):
+    "A model that draws"
+    def forward(self, x): return super().forward(x) + torch.rand(1)
+
+def trained_by(dl, cb):
+    "What the model sees of its own items, in order, and where all streams are after a fit"
+    set_seed(0)
+    dl = dl()
+    dls,model,seen = DataLoaders(dl, []),Noise(),[]
+    if cb is not None: cb = cb(dl)
+    learn = Learner(dls, model, CrossEntropyLossFlat(), SGD, lr=0., cbs=[Event('before_batch', lambda learn: seen.append(learn.xb[0]), -5),
+        *([] if cb is None else [cb])])
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    return seen,torch.get_rng_state(),random.getstate(),np.random.get_state()[1],learn
+
+@pytest.mark.parametrize('second', [torch_loader, fastai_loader, None], ids=['torch', 'fastai', 'itself'])
+@pytest.mark.parametrize('first', [torch_loader, fastai_loader], ids=['torch', 'fastai'])
+def test_second_loader_leaves_all_streams(first, second):
+    "Also where the second loader is the one that is trained on"
+    seconds = []
+    def cb(dl):
+        seconds.append(set_aside(second, dl))
+        return MixUp(1., pairing=FromLoader(seconds[0]))
+    want,got = trained_by(first, None),trained_by(first, cb)
+    for a,b in zip(want[0], got[0], strict=True): close(plain(b), plain(a))
+    assert torch.equal(got[1], want[1]) and got[2] == want[2] and (got[3] == want[3]).all()
+    again = trained_by(first, cb)
+    assert torch.equal(got[4].model.given, again[4].model.given), 'the same seed, the same partners'
+
+def set_aside(second, dl):
+    "Make a second loader without moving the streams on"
+    if second is None: return dl
+    with same_draws(dl): return second()
+
+@pytest.mark.parametrize('make', [torch_loader, fastai_loader])
+def test_second_loader_begins_anew_in_another_order(make):
+    "All items are met, also where the loader leaves out those of a last, smaller batch"
+    set_seed(0)
+    loader,rows = make(),IDS[:1].repeat(60, 1)
+    seen = previous([(EYE[i], OTHER[i]) for i in rows], MixUp(1., pairing=FromLoader(loader)), Keeps(), CrossEntropyLossFlat())
+    assert {int(partner((page.x > 1e-4).float(), rows[0])) for page in seen} >= set(range(1, N))
+
+@pytest.mark.slow
+def test_second_loader_with_workers():
+    loader = TorchLoader(Items(range(N)), 4, shuffle=True, num_workers=2)
+    state = torch.get_rng_state()
+    seen = previous([(EYE[i], OTHER[i]) for i in SPLIT], MixUp(1., pairing=FromLoader(loader)), Keeps(), CrossEntropyLossFlat(), epochs=2)
+    assert len(seen) == 6 and not any(torch.equal(page.x, EYE[i]) for page,i in zip(seen, [*SPLIT]*2)) and state is not None
+
+def test_types_of_the_transforms_of_the_second_loader():
+    "They see fastai's images, as everywhere"
+    types = []
+    class Typed:
+        def __iter__(self):
+            x = TensorImage(EYE[7:].view(4, N, 1, 1)).flip(-1)
+            types.append(type(x))
+            yield x,TensorCategory(OTHER[7:])
+    for page in previous([(EYE[i].view(-1, N, 1, 1), OTHER[i]) for i in SPLIT], MixUp(1., pairing=FromLoader(Typed())), Keeps(mean),
+        CrossEntropyLossFlat()): close(page.x.sum(1), torch.ones(len(page.x)))
+    assert set(types) == {TensorImage}
+
+def test_second_loader_in_nested_fits():
+    "The batches of the outer fit come in turn, whatever a fit in the middle of it takes"
+    other = Loader([(EYE[i:i+1], OTHER[i:i+1]) for i in range(7, N)])
+    cb = MixUp(1., pairing=FromLoader(other))
+    def within(learn):
+        if learn.iter == 1: previous([(EYE[i], OTHER[i]) for i in SPLIT], MixUp(1., pairing=cb.pairing), Keeps(), CrossEntropyLossFlat())
+    for event in 'before_batch', 'after_batch':
+        seen = []
+        previous([(EYE[i], OTHER[i]) for i in SPLIT], cb, Keeps(), CrossEntropyLossFlat(),
+            cbs=[Event(event, within), Event('before_backward', lambda learn: seen.append(learn.xb[0].clone()))])
+        assert [partner(x, i).unique().item() for x,i in zip(seen, SPLIT, strict=True)] == [7, 8, 9]
+        cb.learn.remove_cbs(cb.learn.cbs)
+        cb.learn = None
+
+def test_second_loader_is_freed_and_not_copied_or_exported(tmp_path):
+    dls = Datasets(list(range(12)), [[_big_item], [_item_class]], splits=(range(12), range(4))).dataloaders(bs=4, num_workers=0,
+        device=torch.device('cpu'))
+    pairing = FromLoader([(torch.rand(4, 50_000), torch.zeros(4).long())])
+    learn = Learner(dls, nn.Linear(50_000, 2), CrossEntropyLossFlat(), SGD, path=tmp_path, cbs=[MixUp(1., pairing=pairing),
+        exports := Exports()])
+    assert copy.deepcopy(pairing) is pairing and copy.copy(pairing) is pairing
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.mix_up.next_fit is None and max(exports.sizes) < 600_000
+    again = load_learner(tmp_path/'mid.pkl')
+    again.dls = dls
+    with pytest.raises(RuntimeError, match='saved without its loader.*pairing=FromLoader'), again.no_bar(), again.no_logging(): again.fit(1)
+    again.mix_up.pairing = pairing
+    again.remove_cb(again.exports)
+    with again.no_bar(), again.no_logging(): again.fit(1)
+
+def test_what_a_second_loader_has_to_give():
+    def run(dl, inputs=1): return previous([(*[EYE[:4]]*inputs, OTHER[:4])], MixUp(pairing=FromLoader(dl)),
+        Keeps(lambda *xb: xb[0]), CrossEntropyLossFlat(), n_inp=inputs)
+    x,y = EYE[4:], OTHER[4:]
+    for dl,inputs,said in [([(x[:,:3], y)], 1, r'input 0 of shape \(3,\)'), ([(x.double(), y)], 1, r'input 0 .*float64'),
+        ([(x, F.one_hot(y, C))], 1, r'target 0 of shape \(5,\)'), ([(x, y.float())], 1, 'target 0'), ([x], 1, 'got a Tensor'),
+        ([(x, x, y)], 1, 'got 3 in all'), ([(x,)], 1, 'got 1 in all'), ([(x, y)], 2, r'2 input\(s\) and 1 target'),
+        ([({'a': x}, y)], 1, 'no input 0'), ([], 1, 'at least one batch'), ([(x[:0], y[:0])], 1, 'without items')]:
+        with pytest.raises(ValueError, match=r'pairing=FromLoader\(list\).*' + said): run(dl, inputs)
+    for dl in 3, None, iter([(x, y)]):
+        with pytest.raises(TypeError, match='dl must be a DataLoader'): FromLoader(dl)
+
+def test_only_what_has_rows_comes_from_the_second_loader():
+    extra = torch.ones(1, 2)
+    for page in previous([(EYE[i], extra, OTHER[i]) for i in SPLIT], MixUp(1., pairing=FromLoader([(EYE[7:], extra, OTHER[7:])]), inputs=0),
+        Keeps(), CrossEntropyLossFlat(), n_inp=2): close(page.loss, mixed_losses(CE, OTHER)(page.x, page.pred, IDS), 1e-4)

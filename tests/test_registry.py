@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn
 
-from fastai_mixup.all import MixUp, NearTarget
+from fastai_mixup.all import FromLoader, MixUp, NearTarget
 from fastai_mixup.registry import LABEL_RULES, METHODS, PAIRINGS
 
 N,C,SIZE = 5,3,(8, 8)
@@ -78,9 +78,11 @@ def test_methods_of_maps(cls):
 
 @pytest.mark.parametrize('cls', PAIRINGS)
 def test_pairings(cls):
-    "Also where partners come from the other batch"
+    "Also where partners come from another batch"
     torch.manual_seed(1)
-    pairing = cls(by=lambda batch: batch.yb[0]) if cls is NearTarget else cls()
+    x = torch.eye(2*N).view(2*N, 2*N, 1, 1).expand(2*N, 2*N, *SIZE)
+    given = {NearTarget: dict(by=lambda batch: batch.yb[0]), FromLoader: dict(dl=[(x[:4], Y[:4]), (x[4:], Y[4:])])}
+    pairing = cls(**given.get(cls, {}))
     found = [page for page in pages(MixUp(1., pairing=pairing)) if page.plan is not None]
     assert found
     for page in found:

@@ -24,12 +24,14 @@ from fastai_mixup.all import (
     CutMix,
     DifferentClass,
     FMix,
+    FromLoader,
     GridMix,
     ManifoldMixUp,
     MixUp,
     PreviousBatch,
     PuzzleMix,
     RandomMix,
+    RareClass,
     RegMixUp,
     ReMix,
     ResizeMix,
@@ -52,7 +54,9 @@ METHODS = dict(mixup=lambda: MixUp(1.), cutmix=CutMix, fmix=FMix, grid=GridMix, 
     hidden=lambda: ManifoldMixUp(1., include_input=False),
     hidden_boxes=lambda: ManifoldMixUp(method=CutMix()), output=lambda: ManifoldMixUp(layers='output'),
     different=lambda: MixUp(1., pairing=DifferentClass()),
-    previous=lambda: MixUp(1., pairing=PreviousBatch()), remix=lambda: MixUp(1., labels=ReMix()),
+    previous=lambda: MixUp(1., pairing=PreviousBatch()), rare=lambda: MixUp(1., pairing=RareClass()),
+    second=lambda: MixUp(1., pairing=FromLoader(TorchLoader(TensorDataset(PICTURES, Y), 4, shuffle=True))),
+    remix=lambda: MixUp(1., labels=ReMix()),
     given=lambda: MixUp(1., generator=torch.Generator().manual_seed(3)))
 
 def net():
@@ -105,7 +109,7 @@ def test_titles_say_the_weights_of_the_labels(name):
     for title,(w,w1),a,b in zip(titles, shown.weights, shown.own, shown.partner):
         said,told = said_weights(title),{}
         for y,part in (a[1].item(), w), (b[1].item(), w1): told[y] = told.get(y, 0) + 100*part
-        assert name == 'previous' or all(abs(said.get(y, 0) - told.get(y, 0)) <= 1 for y in said.keys() | told.keys())
+        assert name in ('previous', 'second') or all(abs(said.get(y, 0) - told.get(y, 0)) <= 1 for y in said.keys() | told.keys())
 
 def said_weights(title):
     "Percent of each class that a title such as `84% “4”\\n+ 16% “2”` names; a label alone is all there is"
@@ -118,7 +122,7 @@ def test_the_title_says_how_much_is_kept(name):
     axs = learn.show_mixed_batch(5)
     title = axs[0].figure._suptitle.get_text().replace('\n', ' ')
     plan = Peek(learn).plan
-    kept = plan.lam if name == 'previous' else plan.lam.where(plan.index != torch.arange(N), 1.)
+    kept = plan.lam if name in ('previous', 'second') else plan.lam.where(plan.index != torch.arange(N), 1.)
     low,high = (f'{f(kept[:5].tolist()):.0%}' for f in (min, max))
     assert f'items keep {low if low == high else f"{low} to {high}"} of themselves' in title and 'Callback' not in title
     assert ('of their labels' in title) == plan.has_own_labels
