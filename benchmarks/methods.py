@@ -20,7 +20,7 @@ METHODS = {**{cls.__name__: cls for cls in registry.METHODS if not cls().recipe.
            'MixUp(PreviousBatch)': lambda: MixUpCallback(pairing=PreviousBatch()), 'MixUp(ReMix)': lambda: MixUpCallback(labels=ReMix())}
 ASKS = {cls.__name__: cls for cls in registry.METHODS if cls().recipe.needs_model and not cls().recipe.watches}
 WHOLE = {'ManifoldMixUp': ManifoldMixUp, 'ManifoldMixUp(CutMix)': lambda: ManifoldMixUp(method=CutMixCallback()), 'AlignMixUp': AlignMixUp,
-         'RegMixUp': RegMixUp, 'GuidedMixup(gradients)': lambda: GuidedMixup(gradients=True), **ASKS}
+         'CatchUpMix': CatchUpMix, 'RegMixUp': RegMixUp, 'GuidedMixup(gradients)': lambda: GuidedMixup(gradients=True), **ASKS}
 TRANSFORMERS = {cls.__name__: cls for cls in registry.METHODS if cls().recipe.watches}
 
 

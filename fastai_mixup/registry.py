@@ -7,12 +7,13 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/registry.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'PAIRINGS', 'LABEL_RULES', 'LOSSES', 'TOOLS', 'TWINS']
 
-# %% ../nbs/api/70_registry.ipynb #7d955d4c
+# %% ../nbs/api/70_registry.ipynb #d19d722f
 from .callback import MixUp, MixUpCallback
 from .distributed import AcrossRanks
 from .labels import ReMix
 from .losses.label_smoothing import LabelSmoothingCE
 from .methods.alignmixup import AlignMixUp
+from .methods.catchupmix import CatchUpMix
 from .methods.classmix import ClassMix
 from .methods.cutmix import CutMix, CutMixCallback
 from .methods.fmix import FMix
@@ -33,9 +34,9 @@ from .tools.metrics import ExpectedCalibrationError, MeanLam, MixedAccuracy, Mix
 from .tools.mix_find import MixFound
 from .tools.plots import plot_lam, plot_schedule
 
-# %% ../nbs/api/70_registry.ipynb #9bf0084f
+# %% ../nbs/api/70_registry.ipynb #d3a9474d
 METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, SpecMix, ResizeMix, SaliencyMix, GuidedMixup, PuzzleMix, SnapMix, TransMix, ClassMix]
-AROUND = [ManifoldMixUp, AlignMixUp, RegMixUp, RandomMix]
+AROUND = [ManifoldMixUp, AlignMixUp, CatchUpMix, RegMixUp, RandomMix]
 PAIRINGS = [DifferentClass, SameClass, RareClass, NearTarget, PreviousBatch, FromLoader, LeastOverlap, AcrossRanks]
 LABEL_RULES = [ReMix]
 LOSSES = [LabelSmoothingCE]

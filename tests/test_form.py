@@ -109,6 +109,7 @@ REPR = [MixUp(), MixUp(.2, p=.5, fold=False), MixUp(1., per='batch', inputs=['a'
         FMix(decay=2, soft=.1), GridMix(grid=3), SmoothMix((.1, .2)), ResizeMix((.2, .4)), SaliencyMix(.5),
         PuzzleMix(grid=4, travel=None, exact=False), SnapMix(2.), TransMix(attention=1), SpecMix(.2, bands=3),
         ClassMix(share=.3, background=[0, 255]), GuidedMixup(gradients=True, pairing=LeastOverlap()),
+        CatchUpMix(.5, layers=['a'], pairing=DifferentClass()),
         RandomMix([MixUp(.2), CutMix()], weights=[.3, .7], per='item', p=.5, pairing=SameClass(), labels=ReMix(), start=1),
         RandomMix([MixUp(.2, p=.5), CutMix(minmax=(.1, .2))]), RegMixUp(5., eta=.5), RegMixUp(method=CutMix(.3), eta=2),
         RegMixUp(method=RandomMix([MixUp(), CutMix()])),
