@@ -21,9 +21,10 @@ from .batch import Batch, Method, Plan
 from .checks import check_callable, check_choice, check_number, check_schedule, value_at
 from .ops import Others
 
-# %% ../nbs/api/16_recipe.ipynb #fb9d46f3
+# %% ../nbs/api/16_recipe.ipynb #edd3323f
 def _check_moment(name, value):
-    return int(check_number(name, value, 0, 1e9)) if isinstance(value, Integral) else check_number(name, value, 0, 1)
+    allowed = "a share of the training from 0. to 1. (a float), or a number of epochs from 0 (an int)"
+    return int(check_number(name, value, 0, 1e9, allowed)) if isinstance(value, Integral) else check_number(name, value, 0, 1, allowed)
 
 def check_window(start, stop):
     "Return the two moments, or raise an error if they are in the wrong order"
@@ -95,11 +96,11 @@ def p_at(self:Recipe, now):
     "The share of the batches that are mixed"
     return value_at('p', self.p, now.pct)
 
-# %% ../nbs/api/16_recipe.ipynb #4f526eb3
+# %% ../nbs/api/16_recipe.ipynb #ef73c122
 @patch
 def is_off(self:Recipe, now):
     "Is there no mixing at this moment of the training?"
-    return not is_over(self.start, now) or is_over(self.stop, now) or self.method_at(now).is_off(now)
+    return not is_over(self.start, now) or is_over(self.stop, now) or self.p_at(now) == 0 or self.method_at(now).is_off(now)
 
 @patch
 def share_at(self:Recipe, now):

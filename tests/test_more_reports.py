@@ -268,3 +268,28 @@ def test_values_of_words_are_still_refused():
     for f in (lambda x: torch.ones_like(x)*x), lambda x: torch.where(x == 0, torch.zeros_like(x), x):
         with pytest.raises(ValueError, match='holds integers, and reaches `float`'):
             pages([(WORDS, torch.arange(6) % 3)], nn.CrossEntropyLoss(), Pooled(f), MixUp(1.))
+
+# Fits that mix nothing, and messages
+
+@pytest.mark.parametrize('make,warns', [(lambda: CutMix(minmax=(0, 0)), True), (lambda: CutMix(minmax=(0, .1)), False),
+    (lambda: RandomMix([CutMix(minmax=(0, 0))]), True), (lambda: RandomMix([CutMix(minmax=(0, 0)), MixUp()]), False),
+    (lambda: ResizeMix(side=(0, 0)), True), (lambda: ResizeMix(), False), (lambda: RegMixUp(method=CutMix(p=0)), True),
+    (lambda: ManifoldMixUp(method=MixUp(p=0)), True), (lambda: RandomMix([MixUp(p=0), CutMix(p=lambda pct: 0.)]), True),
+    (lambda: RegMixUp(method=CutMix(p=.5)), False), (lambda: RegMixUp(method=CutMix(p=lambda pct: float(pct > .5))), False)])
+def test_more_fits_that_mix_nothing_warn(make, warns):
+    x = torch.randn(N, 1, 8, 8)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(128, C))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        pages([(x, Y)]*4, CrossEntropyLossFlat(), model, make())
+    assert any('mixes no batch of this training run' in str(w.message) for w in said) == warns
+
+@pytest.mark.parametrize('make,said', [(lambda: ManifoldMixUp(CutMix()), r'give a callback as `method=CutMix\(\.\.\.\)`'),
+    (lambda: RegMixUp(MixUp(.2)), r'give a callback as `method=MixUp\(\.\.\.\)`'), (lambda: AlignMixUp(CutMix()), 'alpha must be a number'),
+    (lambda: AlignMixUp(method=CutMix()), r"no parameter 'method'.*ManifoldMixUp\(method="),
+    (lambda: ManifoldMixUp(layer='0'), "ManifoldMixUp has no parameter 'layer': did you mean 'layers'"),
+    (lambda: MixUp(start=-1), r'start must be a share of the training .*number of epochs from 0 \(an int\), got -1'),
+    (lambda: MixUp(start=1.5), 'start must be a share of the training .*got 1.5'),
+    (lambda: MixUp(stop='late'), "stop must be a share of the training .*got 'late'")])
+def test_more_messages_name_the_remedy(make, said):
+    with pytest.raises((TypeError, ValueError), match=said): make()

@@ -82,7 +82,7 @@ class AlignedLayer(RandomLayer):
                                             "Use `ManifoldMixUp` or `CutMix`.")
         super().apply(run)
 
-# %% ../../nbs/api/42_alignmixup.ipynb #9c946c40
+# %% ../../nbs/api/42_alignmixup.ipynb #cd2a27ee
 class AlignMixUp(ManifoldMixUp):
     "Mix at the input, or at a deep layer with aligned features ([Venkataramanan et al. 2022](https://arxiv.org/abs/2103.15375))"
     make_layer,default_alpha,default_fold = AlignedLayer,2.,False
@@ -97,5 +97,7 @@ class AlignMixUp(ManifoldMixUp):
         **kwargs
     ):
         "Raises a `TypeError` or `ValueError` that names the parameter, its range and what was received"
+        if 'method' in kwargs: raise TypeError(
+            "AlignMixUp has no parameter 'method': it averages aligned features. Use `ManifoldMixUp(method=...)`.")
         super().__init__(alpha, layers, include_input, fold=fold, **kwargs)
         self.layer.epsilon = self.own['epsilon'] = check_number('epsilon', epsilon, 1e-3, 1e3)

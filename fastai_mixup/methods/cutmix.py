@@ -17,7 +17,7 @@ from ..callback import MixCallback
 from ..checks import check_choice, check_range
 from ..masks import MaskPlan, box_mask, keep_inside
 
-# %% ../../nbs/api/31_cutmix.ipynb #5e82f06d
+# %% ../../nbs/api/31_cutmix.ipynb #7a655890
 @dataclass
 class CutMixMethod(BetaMethod):
     "Replace a box of each item by that of its partner ([Yun et al. 2019](https://arxiv.org/abs/1905.04899))"
@@ -34,6 +34,7 @@ class CutMixMethod(BetaMethod):
 
     @property
     def takes_alpha(self): return self.minmax is None
+    def is_off(self, now): return super().is_off(now) or (self.minmax is not None and self.minmax[1] == 0)
 
 # %% ../../nbs/api/31_cutmix.ipynb #3f0c3ca6
 def box_plan(method, batch, perm, centre):

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/manifold_mixup.html.md"""
 __all__ = ['ManifoldMixUpCallback', 'recipe_or_mixup', 'ManifoldMixUp', 'check_no_partners_outside', 'layers_shown',
            'method_shown']
 
-# %% ../../nbs/api/41_manifold_mixup.ipynb #0b9e7a7b
+# %% ../../nbs/api/41_manifold_mixup.ipynb #bd71d60e
 import copy
 from collections.abc import Callable
 
@@ -18,15 +18,18 @@ from fastcore.meta import delegates
 from torch import nn
 
 from ..callback import MixCallback, MixUpMethod
+from ..checks import unknown_parameter
 from ..layers.cuts import find_cuts
 from ..layers.hidden import HiddenLayer, RandomLayer, inner_model
 from ..probe import example_batch
 from ..recipe import Recipe
 from .random_mix import recipe_of
 
-# %% ../../nbs/api/41_manifold_mixup.ipynb #f5ac2f02
+# %% ../../nbs/api/41_manifold_mixup.ipynb #58cd52d5
 def recipe_or_mixup(alpha, method, default:float, given:dict, **kwargs):
     "The recipe of `method`, or `MixUpMethod(alpha)`; an error if parameters that belong to the method are `given` with it"
+    if isinstance(alpha, MixCallback): raise TypeError(
+        f"alpha must be a number or a schedule, got {alpha!r}: give a callback as `method={type(alpha).__name__}(...)`")
     if method is None: return MixUpMethod(default if alpha is None else alpha, **kwargs)
     if not isinstance(method, MixCallback): raise TypeError(
         f"method must be None or a callback that mixes inputs, such as `CutMix()` or `RandomMix([MixUp(), CutMix()])`, got {method!r}")
@@ -34,7 +37,7 @@ def recipe_or_mixup(alpha, method, default:float, given:dict, **kwargs):
         if value is not None: raise TypeError(f"{name} cannot be given with `method`: give it to the method, got {name}={value!r}")
     return recipe_of('method', method)
 
-# %% ../../nbs/api/41_manifold_mixup.ipynb #ea404a00
+# %% ../../nbs/api/41_manifold_mixup.ipynb #59fa6c89
 class ManifoldMixUp(MixCallback):
     "Mix each training batch at one random layer, the input or a hidden one ([Verma et al. 2019](https://arxiv.org/abs/1806.05236))"
     @delegates(MixCallback.__init__, but=['layer'])
@@ -47,6 +50,7 @@ class ManifoldMixUp(MixCallback):
         **kwargs
     ):
         "Raises a `TypeError` or `ValueError` that names the parameter, its range and what was received"
+        if 'layer' in kwargs: raise unknown_parameter(type(self).__name__, 'layer', ['layers'])
         given = dict(fold=fold, pairing=kwargs.get('pairing'))
         recipe = recipe_or_mixup(alpha, method, self.default_alpha, given, fold=self.default_fold if fold is None else fold)
         super().__init__(recipe, self.make_layer(layers, include_input), **kwargs)

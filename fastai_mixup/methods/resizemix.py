@@ -49,7 +49,7 @@ def shrink_into(
     grid = torch.stack(at[::-1], -1).to(work.dtype)
     return F.grid_sample(work, grid, mode='nearest' if nearest else 'bilinear', padding_mode='border', align_corners=False).to(x.dtype)
 
-# %% ../../nbs/api/35_resizemix.ipynb #154e8f2d
+# %% ../../nbs/api/35_resizemix.ipynb #520f7871
 def resize_plan(batch, perm, centre, side, source=None):
     "A plan in which the box at `centre` of each item shows its whole partner, or a box (`source`) of it"
     def views(own, partner, nearest): return own,shrink_into(partner, centre, side, nearest, source)
@@ -61,6 +61,7 @@ class ResizeMixMethod(Method):
     side:tuple=(.1, .8) # Smallest and largest side of the box as a share of the item's, in [0, 1]
     needs_positions = True
     def __post_init__(self): self.side = check_range('side', self.side, 0, 1)
+    def is_off(self, now): return self.side[1] == 0
 
     def plan(self, batch, perm):
         side = batch.uniform(1, low=self.side[0], high=self.side[1])
