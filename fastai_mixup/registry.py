@@ -7,11 +7,12 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/registry.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'PAIRINGS', 'LABEL_RULES', 'LOSSES', 'TOOLS', 'TWINS']
 
-# %% ../nbs/api/70_registry.ipynb #a56c8dea
+# %% ../nbs/api/70_registry.ipynb #7f0f4e02
 from .callback import MixUp, MixUpCallback
 from .distributed import AcrossRanks
-from .labels import ReMix
+from .labels import ReMix, Union
 from .losses.label_smoothing import LabelSmoothingCE
+from .losses.label_smoothing_bce import LabelSmoothingBCE
 from .methods.alignmixup import AlignMixUp
 from .methods.cutmix import CutMix, CutMixCallback
 from .methods.fmix import FMix
@@ -30,11 +31,11 @@ from .tools.metrics import MeanLam, MixedAccuracy, MixedShare
 from .tools.mix_find import MixFound
 from .tools.plots import plot_lam, plot_schedule
 
-# %% ../nbs/api/70_registry.ipynb #011bca23
+# %% ../nbs/api/70_registry.ipynb #dab7513f
 METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, ResizeMix, SaliencyMix, PuzzleMix, SnapMix, TransMix]
 AROUND = [ManifoldMixUp, AlignMixUp, RegMixUp, RandomMix]
 PAIRINGS = [DifferentClass, SameClass, NearTarget, PreviousBatch, AcrossRanks]
-LABEL_RULES = [ReMix]
-LOSSES = [LabelSmoothingCE]
+LABEL_RULES = [ReMix, Union]
+LOSSES = [LabelSmoothingCE, LabelSmoothingBCE]
 TOOLS = [MixedAccuracy, MeanLam, MixedShare, MixFound, plot_lam, plot_schedule]
 TWINS = dict(MixUpCallback=MixUpCallback, ManifoldMixUpCallback=ManifoldMixUpCallback, CutMixCallback=CutMixCallback) # names that stay ours

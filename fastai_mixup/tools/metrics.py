@@ -44,7 +44,7 @@ class MixMetric(Metric):
         part,whole = maybe_gather(self.sums[None]).sum(0).tolist()
         return part/whole if whole else float('nan')
 
-# %% ../../nbs/api/60_metrics.ipynb #22cab32a
+# %% ../../nbs/api/60_metrics.ipynb #a92a5a6a
 _BINARY = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), (nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss)
 
 def predicted_labels(y, pred, axis:int, thresh:float, spec=None)->tuple:
@@ -53,7 +53,7 @@ def predicted_labels(y, pred, axis:int, thresh:float, spec=None)->tuple:
         if not isinstance(o, Tensor): raise TypeError(f"MixedAccuracy needs one tensor as {name}, got a {type(o).__name__}")
     if not -pred.ndim <= axis < pred.ndim: raise ValueError(
         f"axis must be one of the {pred.ndim} dimensions of the predictions, got {axis}")
-    logits = spec is not None and any(spec.computes(*o) for o in _BINARY)
+    logits = spec is not None and (any(spec.computes(*o) for o in _BINARY) or (spec.kind == 'mixed' and spec.takes_several))
     probabilities = spec is not None and spec.computes(nn.BCELoss, F.binary_cross_entropy)
     if pred.shape[axis] == 1 and not (is_number(y) or logits or probabilities): raise TypeError(
         "MixedAccuracy cannot know what one output for each label means. Use a binary cross-entropy, such as `BCEWithLogitsLossFlat()`, as "
@@ -83,7 +83,7 @@ def weighted_labels(y:Tensor, plan, is_pasted:bool=False)->list:
     total = own+partner
     return [(y, own/total), (plan.partners(y), partner/total)]
 
-# %% ../../nbs/api/60_metrics.ipynb #67c33a28
+# %% ../../nbs/api/60_metrics.ipynb #575d00bb
 class MixedAccuracy(MixMetric):
     "Accuracy against both labels of a mixed item, weighted as in the loss; without mixing the plain accuracy"
     name = 'mixed_accuracy'
@@ -100,6 +100,8 @@ class MixedAccuracy(MixMetric):
         "Add the running batch"
         plan,spec = running_plan(learn, 'pred_plan'),loss_spec(user_loss(learn.loss_func))
         y,predicted = predicted_labels(learn.y, learn.pred, self.axis, self.thresh, spec)
+        if plan is not None and plan.combiner is not None and y.numel() == learn.pred.numel(): # several labels, compared as the loss does
+            y,plan = plan.average_target(y, Tensor.float).long(),None
         for labels,weight in weighted_labels(y, plan, plan is not None and is_pasted(learn, spec, plan)):
             counts = (labels != self.ignore_index).float()*weight
             self.add((counts*(predicted == labels)).sum(), counts.sum())
