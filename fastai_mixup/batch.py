@@ -76,10 +76,10 @@ def rotation(self:Draws, n):
     def draw(count): return torch.randint(1, max(n, 2), (count,), generator=self.generator).tolist()
     return self.ahead(('rotation', n), n, draw)
 
-# %% ../nbs/api/03_batch.ipynb #2fbfabb0
+# %% ../nbs/api/03_batch.ipynb #75973979
 class Plan:
     "How a batch is mixed: item `i` keeps `lam[i]` of itself and takes the rest from item `index[i]`"
-    method = layer = rule = scale = _label_lam = None
+    method = layer = rule = scale = combiner = _label_lam = None
     shared = False # Do all items have the same `lam`?
     def __init__(self,
         lam:Tensor, # Weight of each item itself, in [0, 1], shape (n,)
@@ -131,10 +131,11 @@ def set_labels(self:Plan,
 @patch(as_prop=True)
 def label_lam(self:Plan): return self.lam if self._label_lam is None else self._label_lam
 
-# %% ../nbs/api/03_batch.ipynb #960fce16
+# %% ../nbs/api/03_batch.ipynb #29e46c28
 @patch(as_prop=True)
 def label_weights(self:Plan):
     "The weights of each item's own label and of its partner's, each of shape (n,)"
+    if self.combiner is not None: return self.combiner.weights(self.label_lam)
     weights = self.label_lam,1-self.label_lam
     return weights if self.scale is None else tuple(w*self.scale for w in weights)
 
@@ -143,10 +144,11 @@ def has_own_labels(self:Plan):
     "Are the labels weighted in another way than the inputs?"
     return self._label_lam is not None or self.rule is not None
 
-# %% ../nbs/api/03_batch.ipynb #765f70bd
+# %% ../nbs/api/03_batch.ipynb #a09b693a
 @patch
 def average_target(self:Plan, y:Tensor, number:Callable=noop)->Tensor:
     "The average of each target and its partner's, weighted as the labels are, where `number` makes numbers of targets"
+    if self.combiner is not None: return self.combiner.combine(number(y), number(self.partners(y)), self.label_lam)
     if isinstance(self.perm, Others): return blend_with(number(y), number(self.perm(y)), self.label_lam)
     return blend(number(y), self.label_lam, self.perm)
 

@@ -317,7 +317,7 @@ def _end_by_hand(self:MixCallback):
     self.by_hand.close()
     self.by_hand = None
 
-# %% ../nbs/api/20_callback.ipynb #bb5b36a7
+# %% ../nbs/api/20_callback.ipynb #97af6c28
 @patch
 def before_batch(self:MixCallback):
     "Draw a plan, mix by it, and let the loss function be the mixed loss"
@@ -334,7 +334,7 @@ def before_batch(self:MixCallback):
 def _mix(self:MixCallback, run):
     learn,plan = run.learn,run.plan
     check_targets(learn.yb, run.batch.n)
-    if self.labels is not None or plan.has_own_labels:
+    if plan.has_own_labels or getattr(self.labels, 'needs_class', self.labels is not None):
         check_labels(run.batch, plan.method.name if self.labels is None else f"labels={self.labels!r}")
     if self.by_hand is None: self.scope.callback(setattr, learn, 'xb', learn.xb)
     self.scope.callback(_end, run)

@@ -7,11 +7,12 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/registry.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'PAIRINGS', 'LABEL_RULES', 'LOSSES', 'TOOLS', 'TWINS']
 
-# %% ../nbs/api/70_registry.ipynb #d19d722f
+# %% ../nbs/api/70_registry.ipynb #90b0a7bd
 from .callback import MixUp, MixUpCallback
 from .distributed import AcrossRanks
-from .labels import ReMix
+from .labels import ReMix, Union
 from .losses.label_smoothing import LabelSmoothingCE
+from .losses.label_smoothing_bce import LabelSmoothingBCE
 from .methods.alignmixup import AlignMixUp
 from .methods.catchupmix import CatchUpMix
 from .methods.classmix import ClassMix
@@ -34,11 +35,11 @@ from .tools.metrics import ExpectedCalibrationError, MeanLam, MixedAccuracy, Mix
 from .tools.mix_find import MixFound
 from .tools.plots import plot_lam, plot_schedule
 
-# %% ../nbs/api/70_registry.ipynb #d3a9474d
+# %% ../nbs/api/70_registry.ipynb #23227bf2
 METHODS = [MixUp, CutMix, FMix, GridMix, SmoothMix, SpecMix, ResizeMix, SaliencyMix, GuidedMixup, PuzzleMix, SnapMix, TransMix, ClassMix]
 AROUND = [ManifoldMixUp, AlignMixUp, CatchUpMix, RegMixUp, RandomMix]
 PAIRINGS = [DifferentClass, SameClass, RareClass, NearTarget, PreviousBatch, FromLoader, LeastOverlap, AcrossRanks]
-LABEL_RULES = [ReMix]
-LOSSES = [LabelSmoothingCE]
+LABEL_RULES = [ReMix, Union]
+LOSSES = [LabelSmoothingCE, LabelSmoothingBCE]
 TOOLS = [MixedAccuracy, ExpectedCalibrationError, MeanLam, MixedShare, MixFound, plot_lam, plot_schedule]
 TWINS = dict(MixUpCallback=MixUpCallback, ManifoldMixUpCallback=ManifoldMixUpCallback, CutMixCallback=CutMixCallback) # names that stay ours

@@ -103,7 +103,8 @@ def test_twins():
 # repr
 
 def squared(batch, plan): return plan.lam**2
-REPR = [MixUp(), MixUp(.2, p=.5, fold=False), MixUp(1., per='batch', inputs=['a', 1], stateful=True, start=.1, stop=3),
+REPR = [MixUp(labels=Union()), CutMix(labels=Union(above=.2)), TransMix(attention='progressive'),
+    MixUp(), MixUp(.2, p=.5, fold=False), MixUp(1., per='batch', inputs=['a', 1], stateful=True, start=.1, stop=3),
     MixUp(SchedCos(1., .1)), MixUp(pairing=DifferentClass(), labels=ReMix(kappa=2, counts=[3, 1])), MixUp(targets='losses'),
         CutMix(minmax=(.1, .5), correct=False), CutMix(1., pairing=NearTarget(sigma=.2), spatial_dims=2, channels_last=True),
         FMix(decay=2, soft=.1), GridMix(grid=3), SmoothMix((.1, .2)), ResizeMix((.2, .4)), SaliencyMix(.5),

@@ -463,6 +463,26 @@ def test_transmix_of_attention_and_area():
         close(page['weights'][0], share*alone['weights'][0] + (1-share)*page['lam'])
         assert (alone['weights'][0]-alone['lam']).abs().max() > 1e-3
 
+@pytest.mark.parametrize('y', [Y, torch.tensor([0, 1, -100, 3, 1, -100])], ids=['all', 'some'])
+def test_progressive_attention(y):
+    "The rule of MixPro's code: attention counts by the cosine between the prediction and the labels mixed by area"
+    set_seed(0)
+    model = vit()
+    for p in model.parameters(): nn.init.normal_(p, std=.3)
+    state = {k: v.clone() for k,v in model.state_dict().items()}
+    def run(attention):
+        model.load_state_dict(state)
+        set_seed(0)
+        return pages(TransMix(attention=attention), model, [(pictures(), y)])[0]
+    page,alone = run('progressive'),run(1.)
+    onehot = torch.stack([F.one_hot(o, C) if o >= 0 else torch.zeros(C) for o in y]).float()
+    area = page['lam'][:,None]*onehot + (1-page['lam'])[:,None]*onehot[page['plan'].index]
+    p = page['pred'].softmax(1)
+    share = (area*p).sum(1)/(area.norm(dim=1)*p.norm(dim=1)).clamp_min(1e-8)
+    close(page['weights'][0], share*alone['weights'][0] + (1-share)*page['lam'])
+    assert share.max()-share.min() > .1 and (alone['weights'][0]-alone['lam']).abs().max() > 1e-3
+    close(page['loss'], weighed(partial(F.cross_entropy, reduction='none'), page, lambda y: (y >= 0).float()))
+
 @pytest.mark.parametrize('attention', [-.1, 1.5, 'all', None])
 def test_bad_share_of_attention(attention):
     with pytest.raises((TypeError, ValueError), match='attention must be a number from 0 to 1'): TransMix(attention=attention)

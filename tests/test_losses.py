@@ -87,6 +87,36 @@ for red in REDUCTIONS:
     case(f'ours-soft-{red}', LabelSmoothingCE(.3, W, reduction=red), (PROBS,),
          mixed_targets(partial(F.cross_entropy, weight=W, label_smoothing=.3, reduction=red), PROBS))
 
+def without_each_other(y, eta, axis=1, weight=None, label_smoothing=0., reduction='mean', ignore_index=-100):
+    "The mixed cross-entropy, and that of each of the two classes of a mixture without the other, position by position"
+    plain = ce(y, axis, weight=weight, label_smoothing=label_smoothing, reduction=reduction, ignore_index=ignore_index)
+    def one(z, a, b):
+        if a == b or ignore_index in (a, b): return 0.
+        of = [1.]*C if weight is None else weight
+        return -sum(of[c]*(z[c] - torch.stack([z[k] for k in range(C) if k != other]).logsumexp(0)) for c,other in ((a, b), (b, a)))
+    def want(M, pred, ids):
+        rows = pred.movedim(axis, -1).reshape(len(pred), -1, C)
+        targets = y.view(len(y), -1)
+        terms,total = [],torch.tensor(0.)
+        for i,own in enumerate(ids.tolist()):
+            mixed = [j for j in range(N) if j != own and 1e-3 < M[i,j] < 1-1e-3]
+            terms += [one(z, targets[own,k].item(), targets[j,k].item()) for k,z in enumerate(rows[i]) for j in (mixed or [own])]
+            total = total + (M[i][:,None]*counts(targets, weight, ignore_index)).sum()
+        terms = torch.stack([torch.as_tensor(o, dtype=pred.dtype) for o in terms])
+        terms = terms if reduction == 'none' else terms.sum() if reduction == 'sum' else terms.sum()/total
+        loss = plain(M, pred, ids)
+        return loss + eta*terms.view(loss.shape)
+    return want
+
+for red in REDUCTIONS:
+    case(f'decoupled-{red}', LabelSmoothingCE(0., reduction=red, decoupled=.3), (IDX,), without_each_other(IDX, .3, reduction=red))
+    case(f'decoupled-all-{red}', LabelSmoothingCE(.2, W, reduction=red, decoupled=2), (SOME,),
+        without_each_other(SOME, 2., weight=W, label_smoothing=.2, reduction=red), tol=1e-4)
+    case(f'decoupled-axis-{red}', LabelSmoothingCE(.2, W, axis=1, reduction=red, decoupled=.3), (SOME_SEG,),
+        without_each_other(SOME_SEG, .3, weight=W, label_smoothing=.2, reduction=red), outs=((C, 3, 4),), tol=1e-4)
+    case(f'decoupled-last-{red}', LabelSmoothingCE(0., reduction=red, decoupled=.3), (SEQ,),
+        without_each_other(SEQ, .3, axis=2, reduction=red), outs=((3, C),))
+
 def fastai_smoothing(y, weight=None, reduction='mean', eps=.1):
     nll = mixed_losses(lambda p,t: F.nll_loss(p.log_softmax(1), t, weight, reduction='none'), y, norm=partial(counts, weight=weight),
         reduction=reduction)
@@ -181,6 +211,11 @@ for f in two_heads,two_heads_scalar:
 case('several-class_and_number', class_and_number, (IDX, REAL[:,0]), outs=((C+1,),),
      want=mixed_losses(lambda p,a,x: nll_items(p[:,:C], a) + F.mse_loss(p[:,C], x, reduction='none'), IDX, REAL[:,0]))
 case('several-numbers', two_numbers, (REAL, PROBS), mixed_targets(two_numbers, REAL, PROBS), outs=((2,), (C,)))
+
+for red in REDUCTIONS:
+    case(f'binary-{red}', LabelSmoothingBCE(weight=W, pos_weight=2*W, reduction=red), (BITS,),
+        mixed_targets(partial(bce, weight=W, pos_weight=2*W, reduction=red), BITS))
+    case(f'binary-indices-{red}', LabelSmoothingBCE(reduction=red), (IDX,), mixed_targets(partial(bce, reduction=red), F.one_hot(IDX, C)))
 
 each_case = pytest.mark.parametrize('c', CASES.values(), ids=CASES.keys())
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn
 
-from fastai_mixup.all import FromLoader, MixUp, NearTarget
+from fastai_mixup.all import FromLoader, LabelSmoothingBCE, MixUp, NearTarget
 from fastai_mixup.registry import LABEL_RULES, METHODS, PAIRINGS
 
 N,C,SIZE = 5,3,(8, 8)
@@ -30,11 +30,11 @@ class Pages(Callback):
         M,first = self.model.x.flatten(2).mean(2),N*(self.iter % 2)
         self.pages.append(SimpleNamespace(M=M, pred=self.pred, loss=self.loss, plan=mixer.plan, first=first))
 
-def pages(cb, epochs=4):
+def pages(cb, epochs=4, loss_func=None):
     "The batches of a training on the same two batches"
     x = torch.eye(2*N).view(2*N, 2*N, 1, 1).expand(2*N, 2*N, *SIZE).contiguous()
     batches = [(x[:N], Y[:N]), (x[N:], Y[N:])]
-    learn = Learner(DataLoaders(batches, [], device='cpu'), Net(), CrossEntropyLossFlat(), SGD, lr=.01, cbs=[cb, Pages()])
+    learn = Learner(DataLoaders(batches, [], device='cpu'), Net(), loss_func or CrossEntropyLossFlat(), SGD, lr=.01, cbs=[cb, Pages()])
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
     return learn.pages.pages
 
@@ -90,10 +90,18 @@ def test_pairings(cls):
         close(page.M[torch.arange(N),page.first+torch.arange(N)].where(page.M.max(1).values < 1-1e-4, page.plan.lam), page.plan.lam)
         close(page.loss, (page.M*losses(page)).sum(1).mean())
 
-@pytest.mark.parametrize('cls', LABEL_RULES)
+@pytest.mark.parametrize('cls', [cls for cls in LABEL_RULES if not hasattr(cls, 'combine')])
 def test_label_rules(cls):
     torch.manual_seed(1)
     check_mixed(pages(MixUp(1., labels=cls())), own_labels=True)
+
+@pytest.mark.parametrize('cls', [cls for cls in LABEL_RULES if hasattr(cls, 'combine')])
+def test_label_rules_that_combine_targets(cls):
+    rows = F.one_hot(Y, C).float()
+    for page in pages(MixUp(1., labels=cls()), loss_func=LabelSmoothingBCE()):
+        seen = [[rows[j] for j in range(2*N) if page.M[i,j] > 1e-6] for i in range(N)]
+        target = torch.stack([o[0] if len(o) == 1 else cls().combine(*o, torch.tensor(.5)) for o in seen])
+        close(page.loss, F.binary_cross_entropy_with_logits(page.pred, target))
 
 def test_the_one_left_out():
     assert [cls.__name__ for cls in METHODS if cls().recipe.watches] == ['TransMix'], 'it needs a model with attention, as in its notebook'

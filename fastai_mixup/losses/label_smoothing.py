@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/label_smoothing.html.md"""
 # %% auto #0
 __all__ = ['LabelSmoothingCE']
 
-# %% ../../nbs/api/21_label_smoothing.ipynb #56c97fc8
+# %% ../../nbs/api/21_label_smoothing.ipynb #c3def0cb
 from warnings import warn
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_number
 from ..compat import plainly
 from .cross_entropy import cross_entropy, fit_target
+from .decoupled import decoupled_term
 
-# %% ../../nbs/api/21_label_smoothing.ipynb #cfc1d0c2
+# %% ../../nbs/api/21_label_smoothing.ipynb #084f80e2
 def _flat(loss): return loss.flatten() if loss.ndim else loss
 
 class LabelSmoothingCE(nn.Module):
@@ -31,10 +32,11 @@ class LabelSmoothingCE(nn.Module):
         ignore_index:int=-100, # Index targets with this value do not count
         axis:int=-1, # The class axis of the predictions
         reduction:str='mean', # 'mean', 'sum' or 'none'
+        decoupled:float=0., # Weight of the term that compares the two classes of a mixture with all but each other, from 0 to 1000
     ):
         "Raises a `TypeError` or `ValueError` that names the parameter, its range and what was received"
         super().__init__()
-        self.eps = check_number('eps', eps, 0, 1)
+        self.eps,self.decoupled = check_number('eps', eps, 0, 1),check_number('decoupled', decoupled, 0, 1000)
         self.reduction = check_choice('reduction', reduction, ('mean', 'sum', 'none'))
         if weight is not None and not (isinstance(weight, Tensor) and weight.ndim == 1):
             raise ValueError(f"weight must be a tensor with one number per class, shape (classes,), got {weight!r}")
@@ -52,13 +54,20 @@ class LabelSmoothingCE(nn.Module):
     def mixed(self, pred:Tensor, target:Tensor, partner:Tensor|None=None, lam:Tensor|None=None)->Tensor:
         "The loss against `lam` parts of `target` and `1-lam` of `partner`, class indices for each position of `pred` without `axis`"
         fitted = [None if o is None else fit_target(o, pred, self.axis, flatten=True) for o in (target, partner, lam)]
-        return _flat(cross_entropy(pred, *fitted, self.weight, self.ignore_index, self.reduction, self.eps, self.axis, empty_is_zero=True))
+        options = self.weight,self.ignore_index,self.reduction
+        loss = cross_entropy(pred, *fitted, *options, self.eps, self.axis, empty_is_zero=True)
+        if self.decoupled and partner is not None: loss = loss + self.decoupled*decoupled_term(pred, *fitted, *options, self.axis)
+        return _flat(loss)
 
-    def activation(self, x): return F.softmax(x, dim=self.axis)
-    def decodes(self, x): return x.argmax(dim=self.axis)
-    def extra_repr(self): return f'eps={self.eps}, axis={self.axis}, reduction={self.reduction!r}'
+# %% ../../nbs/api/21_label_smoothing.ipynb #93fb5cad
+@patch
+def activation(self:LabelSmoothingCE, x): return F.softmax(x, dim=self.axis)
+@patch
+def decodes(self:LabelSmoothingCE, x): return x.argmax(dim=self.axis)
+@patch
+def extra_repr(self:LabelSmoothingCE): return f'eps={self.eps}, axis={self.axis}, reduction={self.reduction!r}'
 
-# %% ../../nbs/api/21_label_smoothing.ipynb #961caabb
+# %% ../../nbs/api/21_label_smoothing.ipynb #eec133de
 @patch
 def _check_sums(self:LabelSmoothingCE, target):
     "Warn, once, of rows that are no distributions"
@@ -70,6 +79,7 @@ def _check_sums(self:LabelSmoothingCE, target):
 
 @patch
 def _soft(self:LabelSmoothingCE, pred, target):
+    if self.decoupled: raise ValueError(f"decoupled={self.decoupled:g} needs class indices as targets, got {target.dtype}")
     if pred.shape != target.shape: raise ValueError(
         f"Soft targets must have the shape of the predictions, {tuple(pred.shape)}, got {tuple(target.shape)}")
     if not self.checked: self._check_sums(target)

@@ -40,7 +40,7 @@ def check_targets(yb:tuple, n:int):
             f"{_name(path)} has shape {tuple(y.shape)} ({y.layout}), but mixing needs a dense tensor with one row for each of the {n} "
             "items.")
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #fe3fcbcd
+# %% ../../nbs/api/07_mixed_loss.ipynb #2cf3d2aa
 def target_options(targets):
     "The option `targets` as a list"
     return targets if isinstance(targets, list) else [targets]
@@ -61,12 +61,15 @@ def target_option(targets, path):
 def how_mixed(y:Tensor, pred, spec:LossSpec, plan:Plan, targets:str|None=None)->str:
     "'average', 'losses' or 'paste': how a target is mixed. The user's `targets` decides; a `ValueError` where it cannot be known"
     index = spec.holds_indices(y, pred)
+    if plan.combiner is not None:
+        spec.check_several(y, pred, plan.combiner)
+        index,targets = spec.kind == 'mixed',None if targets == 'losses' else targets
     certainty = plan.certainty(y, index)
     compared = isinstance(pred, Tensor) and pred.numel() == y.numel()
     if certainty and y.ndim == 2 and not index and spec.takes_rows: certainty = None
     several = index and compared and not spec.known and y.ndim == 2 # labels of steps, or several of an item
     if certainty == 'map' and several: certainty = 'perhaps'
-    if targets == 'average': return 'losses' if index and spec.known else 'average' # class indices have no average
+    if targets == 'average': return 'losses' if index and (spec.known or spec.kind == 'mixed') else 'average' # indices have no average
     if targets == 'losses' or (targets == 'paste' and plan.may_be_map(y)): return targets
     if certainty == 'elsewhere': raise ValueError(
         f"A target of shape {tuple(y.shape)} has the positions of the inputs, but {plan.layer}, where the batch is mixed, has others, by "
@@ -106,22 +109,23 @@ def _mixed_cross_entropy(spec, pred, y, plan):
         loss = eps*reduce_loss(uniform if plan.scale is None else uniform*plan.scale, option('reduction')) + (1-eps)*loss
     return _in_order_of(spec.loss_func, loss)
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #c2e23507
+# %% ../../nbs/api/07_mixed_loss.ipynb #61bfcba8
 def _expanded(lam, y): return broadcast_lam(lam, y).expand(y.shape)
 
 def _reduced_cross_entropy(spec, pred, y, y1, plan, **options):
     reduction,lam = spec.option('reduction'),_expanded(plan.label_lam, y)
     if plan.scale is None: return cross_entropy(pred, y, y1, lam, reduction=reduction, **options)
     items = cross_entropy(pred, y, y1, lam, reduction='none', **options) * broadcast_lam(plan.scale, y)
-    return reduce_loss(items, reduction, _mixed_weight(spec, y, y1, plan, items))
+    return reduce_loss(items, reduction, _mixed_weight(spec, pred, y, y1, plan, items))
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #f96aa87f
-def _mixed_weight(spec, y, y1, plan, items):
+# %% ../../nbs/api/07_mixed_loss.ipynb #d962705b
+def _mixed_weight(spec, pred, y, y1, plan, items):
     "Weight of each item in a mean that divides by the mixed weights"
     lam = _expanded(plan.lam if plan.scale is not None else plan.label_lam, items)
-    return torch.lerp(*(_class_weight(spec, o, items) for o in (y1, y)), lam)
+    return torch.lerp(*(_counts(spec, pred, o, items) for o in (y1, y)), lam)
 
-def _class_weight(spec, y, items):
+def _counts(spec, pred, y, items):
+    if hasattr(spec.loss_func, 'counted'): return spec.loss_func.counted(pred, y).to(items.dtype)
     valid,weight = y != spec.option('ignore_index', -100),spec.option('weight')
     used = valid if weight is None else valid*weight[y.where(valid, 0)]
     return used.to(items.dtype).reshape(items.shape)
@@ -137,7 +141,7 @@ def unreduced(loss_func):
     res.reduction = 'none'
     return res
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #20c8e51a
+# %% ../../nbs/api/07_mixed_loss.ipynb #11093f6b
 def _both(loss_func, pred, yb, yb1):
     "The losses for the items and then for their partners, by the same random numbers"
     with torch.random.fork_rng([o.device for o in tensors(pred)[:1] if o.is_cuda]): own = loss_func(pred, *yb)
@@ -145,10 +149,23 @@ def _both(loss_func, pred, yb, yb1):
 
 def _mixed_items(spec, pred, yb, yb1, plan):
     l,l1 = _both(unreduced(spec.loss_func), pred, yb, yb1)
-    def each(w): return w.to(l.dtype).view(-1, 1).expand(-1, l.numel()//len(plan)).reshape(l.shape)
-    weight = _mixed_weight(spec, yb[0], yb1[0], plan, l) if spec.kind in ('nll', 'mixed') else None
-    loss = average(l, l1, each(plan.label_lam))
-    return reduce_loss(loss if plan.scale is None else loss*each(plan.scale), spec.option('reduction'), weight)
+    weight = _mixed_weight(spec, pred, yb[0], yb1[0], plan, l) if spec.kind in ('nll', 'mixed') else None
+    return _reduced_items(spec, average(l, l1, _each(plan.label_lam, l)), plan, weight)
+
+def _each(w, items):
+    "The weight of each item, for all of its losses"
+    return w.to(items.dtype).view(-1, 1).expand(-1, items.numel()//len(w)).reshape(items.shape)
+
+def _reduced_items(spec, items, plan, weight):
+    return reduce_loss(items if plan.scale is None else items*_each(plan.scale, items), spec.option('reduction'), weight)
+
+def _mixed_by_itself(spec, pred, y, plan):
+    "By the loss function's own method `mixed`"
+    y1,lam = plan.partners(y),_expanded(plan.label_lam, y)
+    if plan.combiner is not None: return spec.loss_func.mixed(pred, y, y1, lam, plan.combiner.combine)
+    if plan.scale is None: return spec.loss_func.mixed(pred, y, y1, lam)
+    items = unreduced(spec.loss_func).mixed(pred, y, y1, lam)
+    return _reduced_items(spec, items, plan, _mixed_weight(spec, pred, y, y1, plan, items))
 
 def _mixed_whole(spec, pred, yb, yb1, plan):
     if not plan.shared: raise RuntimeError(
@@ -157,7 +174,7 @@ def _mixed_whole(spec, pred, yb, yb1, plan):
         "per='batch'.")
     return average(*_both(spec.loss_func, pred, yb, yb1), plan.label_lam[0])
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #66832209
+# %% ../../nbs/api/07_mixed_loss.ipynb #103063a4
 def mixed_loss(
     loss_func, # Any loss function, or its `LossSpec`
     pred, # Predictions
@@ -172,8 +189,7 @@ def mixed_loss(
     if 'losses' not in how.values(): return spec.loss_func(pred, *mixed(lambda y: _averaged(y, pred, spec, plan)))
     if how == {(0,): 'losses'} and isinstance(pred, Tensor):
         if spec.kind in ('cross_entropy', 'smoothing') and not is_number(yb[0]): return _mixed_cross_entropy(spec, pred, yb[0], plan)
-        if spec.kind == 'mixed' and plan.scale is None:
-            return spec.loss_func.mixed(pred, yb[0], plan.partners(yb[0]), _expanded(plan.label_lam, yb[0]))
+        if spec.kind == 'mixed': return _mixed_by_itself(spec, pred, yb[0], plan)
     yb,yb1 = mixed(lambda y: y),mixed(plan.partners)
     return (_mixed_items if spec.per_item else _mixed_whole)(spec, pred, yb, yb1, plan)
 

@@ -64,7 +64,7 @@ def loss_option(loss_func, name:str, default=None):
     except (TypeError, ValueError): return default
     return default if found is inspect.Parameter.empty else found
 
-# %% ../../nbs/api/06_loss_spec.ipynb #aa7b2d17
+# %% ../../nbs/api/06_loss_spec.ipynb #3b045529
 @dataclass
 class LossSpec:
     "What is known of a loss function"
@@ -79,9 +79,17 @@ class LossSpec:
         "Can every item have its own `lam`?"
         return self.kind != 'whole'
 
+    @property
+    def takes_several(self):
+        "Is it known to take several labels for each item?"
+        return getattr(self.loss_func, 'takes_several', False) or any(self.computes(*o) for o in _SEVERAL)
+
     def option(self, name, default=None): return loss_option(self.loss_func, name, default)
     def computes(self, module_class, function=None): return _computes(_core(self.loss_func), module_class, function)
 
+# %% ../../nbs/api/06_loss_spec.ipynb #7c831100
+_SEVERAL = [(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), (nn.BCELoss, F.binary_cross_entropy),
+            (nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss)]
 _INDICES = (FocalLoss,),(nn.MultiMarginLoss, F.multi_margin_loss)
 _LABELS = [(nn.MultiLabelMarginLoss, F.multilabel_margin_loss), (nn.HingeEmbeddingLoss, F.hinge_embedding_loss),
            (nn.SoftMarginLoss, F.soft_margin_loss), (nn.CosineEmbeddingLoss, F.cosine_embedding_loss),
@@ -91,7 +99,7 @@ def loss_spec(loss_func)->LossSpec:
     "Find out what is known of `loss_func`"
     core = _core(loss_func)
     log_target = _computes(core, nn.KLDivLoss, F.kl_div) and bool(loss_option(loss_func, 'log_target'))
-    takes_labels = any(isinstance(core, module) or core is function for module,function in _LABELS)
+    takes_labels = getattr(loss_func, 'takes_labels', False) or any(isinstance(core, o) or core is f for o,f in _LABELS)
     return LossSpec(loss_func, _kind(loss_func, core), _is_known(core), takes_labels, log_target)
 
 def _kind(loss_func, core):
@@ -102,7 +110,7 @@ def _kind(loss_func, core):
     by_item = _is_known(core) and loss_option(loss_func, 'reduction') is not None and not _computes(core, nn.CTCLoss, F.ctc_loss)
     return 'items' if by_item else 'whole'
 
-# %% ../../nbs/api/06_loss_spec.ipynb #e93955c0
+# %% ../../nbs/api/06_loss_spec.ipynb #5ee6428d
 @patch
 @plainly
 def holds_indices(self:LossSpec, y:Tensor, pred)->bool:
@@ -111,13 +119,23 @@ def holds_indices(self:LossSpec, y:Tensor, pred)->bool:
     if is_number(y): return False
     if self.kind in ('cross_entropy', 'smoothing', 'nll') or any(self.computes(*o) for o in _INDICES): return True
     compared = isinstance(pred, Tensor) and pred.numel() == y.numel()
+    if not compared and self.takes_several and isinstance(pred, Tensor): raise ValueError(
+        f"{self.loss_func!r} needs targets of the shape of the predictions, {tuple(pred.shape)}, got {tuple(y.shape)}. "
+        "For class indices use `LabelSmoothingBCE()`.")
     return not (compared and self.known)
 
-# %% ../../nbs/api/06_loss_spec.ipynb #3ba0bda9
-_OF_ROWS = [(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), (nn.BCELoss, F.binary_cross_entropy), (nn.KLDivLoss, F.kl_div),
-            (nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss)]
-
+# %% ../../nbs/api/06_loss_spec.ipynb #39e1e811
 @patch(as_prop=True)
 def takes_rows(self:LossSpec):
     "Are targets that are rows of numbers, (n, m), distributions over classes, or several labels of an item?"
-    return self.kind in ('cross_entropy', 'smoothing', 'mixed') or any(self.computes(*o) for o in _OF_ROWS)
+    return self.kind in ('cross_entropy', 'smoothing', 'mixed') or self.takes_several or self.computes(nn.KLDivLoss, F.kl_div)
+
+# %% ../../nbs/api/06_loss_spec.ipynb #e8363f03
+@patch
+@plainly
+def check_several(self:LossSpec, y:Tensor, pred, rule):
+    "Raise a `ValueError` unless an item may have several labels in `y`, as `rule` gives it"
+    rows = isinstance(pred, Tensor) and pred.numel() == y.numel()
+    if (self.takes_several and (rows or self.kind == 'mixed')) or (rows and not self.known and self.kind == 'whole'): return
+    raise ValueError(f"labels={rule!r} gives an item several labels, which {self.loss_func!r} cannot take. Use a binary cross-entropy: "
+                     "`BCEWithLogitsLossFlat()` for rows of labels, or `LabelSmoothingBCE()`, also for class indices.")

@@ -7,17 +7,17 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/transmix.html.md"""
 # %% auto #0
 __all__ = ['TransMixMethod', 'TransMix']
 
-# %% ../../nbs/api/40_transmix.ipynb #7b02231d
+# %% ../../nbs/api/40_transmix.ipynb #c4228676
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from ..batch import check_labels
+from ..batch import Plan, check_labels
 from ..callback import MixCallback
 from ..checks import check_number
 from ..layers.inputs import check_uncompiled, unwrapped
@@ -88,17 +88,18 @@ def patch_grid(tokens:int, size:tuple, most:int=8)->tuple|None:
     grids = [(h, n//h) for n,h in heights if h and n % h == 0 and error((h, n//h)) < max(size)]
     return min(grids, key=error, default=None)
 
-# %% ../../nbs/api/40_transmix.ipynb #5b1b538a
+# %% ../../nbs/api/40_transmix.ipynb #9b292d71
 @dataclass
 class TransMixMethod(CutMixMethod):
     "CutMix whose labels are weighted by what a transformer attends to ([Chen et al. 2022](https://arxiv.org/abs/2111.09833))"
-    attention:float=.5 # Share of the attention in the weight of a label, in [0, 1]; the rest is the area's. 1 is the attention alone
+    attention:float|str=.5 # Share of the attention in the weight of a label, in [0, 1], the rest is the area's; 'progressive' as in MixPro
     needs_model = watches = sets_labels = True
     looks_at = 'inputs'
 
     def __post_init__(self):
         super().__post_init__()
-        self.attention = check_number('attention', self.attention, 0, 1)
+        allowed = "a number from 0 to 1, or 'progressive'"
+        if self.attention != 'progressive': self.attention = check_number('attention', self.attention, 0, 1, allowed)
 
     def plan(self, batch, perm):
         check_labels(batch, self.name)
@@ -107,7 +108,7 @@ class TransMixMethod(CutMixMethod):
         layer,nth = self._layer(batch)
         attending = Attending(nth, lambda tokens: tokens - self._patches(tokens, size))
         batch.forward.watched[layer] = attending.enter,attending.leave
-        plan.rule = lambda batch,plan: self._weight(plan, attending, layer, size)
+        plan.rule = lambda batch,plan: self._weight(batch, plan, attending, layer, size)
         return plan
 
     def _layer(self, batch):
@@ -126,9 +127,25 @@ class TransMixMethod(CutMixMethod):
             f"TransMix found no grid of patches in {tokens} tokens, for images of {tuple(size)}. Use `CutMix`.")
         return grid[0]*grid[1]
 
-# %% ../../nbs/api/40_transmix.ipynb #99af31cf
+# %% ../../nbs/api/40_transmix.ipynb #5de3218f
+def agreement(
+    pred:Tensor, # Logits, shape (n, classes)
+    y:Tensor, # The class of each item, shape (n,)
+    plan:Plan, # How the items are mixed
+)->Tensor: # In [0, 1], shape (n,)
+    "The cosine between what is predicted and the labels, mixed as the items are ([Zhao et al. 2023](https://arxiv.org/abs/2304.12043))"
+    if not isinstance(pred, Tensor) or pred.ndim != 2: raise ValueError(
+        f"attention='progressive' needs predictions of shape (n, classes), got "
+        f"{tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__}")
+    def rows(y): # of an ignored item nothing
+        known = (y >= 0) & (y < pred.shape[1])
+        return torch.zeros_like(pred, dtype=torch.float32).scatter_(1, y.where(known, 0)[:,None], known.float()[:,None])
+    own,partner = (rows(o.flatten().long()) for o in (y, plan.partners(y)))
+    return F.cosine_similarity(torch.lerp(partner, own, plan.lam[:,None]), pred.detach().float().softmax(1))
+
+# %% ../../nbs/api/40_transmix.ipynb #51c4ec84
 @patch
-def _weight(self:TransMixMethod, plan, attending, layer, size):
+def _weight(self:TransMixMethod, batch, plan, attending, layer, size):
     "The weight of each item's own label: the mean of the attention and the area that are left to it, or as `attention` says"
     attended = attending.attention
     if attended is None: raise RuntimeError(
@@ -140,6 +157,7 @@ def _weight(self:TransMixMethod, plan, attending, layer, size):
     grid = patch_grid(attended.shape[1], size)
     patches = attended[:,-grid[0]*grid[1]:].to(plan.lam.device)
     mask = F.adaptive_avg_pool2d(plan.mask(size).unsqueeze(1), grid).flatten(1)
-    return torch.lerp(plan.lam, (patches*mask).sum(1) / patches.sum(1), self.attention)
+    share = self.attention if self.attention != 'progressive' else agreement(batch.pred, batch.yb[0], plan)
+    return torch.lerp(plan.lam, (patches*mask).sum(1) / patches.sum(1), share)
 
 class TransMix(MixCallback, method=TransMixMethod): pass

@@ -48,14 +48,11 @@ class MixMetric(Metric):
         part,whole = self.total().tolist()
         return part/whole if whole else float('nan')
 
-# %% ../../nbs/api/60_metrics.ipynb #0845089e
-_BINARY = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), (nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss)
-
+# %% ../../nbs/api/60_metrics.ipynb #2ab10cc3
 def label_probabilities(y, pred, spec=None)->Tensor|None:
     "The probability of each label on its own, shape of `pred`; `None` where the loss function takes predictions for classes"
-    if spec is None or pred.numel() != y.numel(): return None
-    if spec.computes(nn.BCELoss, F.binary_cross_entropy): return pred
-    return pred.sigmoid() if any(spec.computes(*o) for o in _BINARY) else None
+    if spec is None or pred.numel() != y.numel() or not spec.takes_several: return None
+    return pred if spec.computes(nn.BCELoss, F.binary_cross_entropy) else pred.sigmoid()
 
 def check_predictions(who:str, y, pred, axis:int):
     "Raise an error unless target and prediction are tensors with classes along `axis`, or one output for each label"
@@ -97,7 +94,7 @@ def weighted_labels(y:Tensor, plan, is_pasted:bool=False, ignored:int=-100)->lis
     total = own+partner
     return [(as_labels(y, ignored), own/total), (as_labels(plan.partners(y), ignored), partner/total)]
 
-# %% ../../nbs/api/60_metrics.ipynb #56512ae1
+# %% ../../nbs/api/60_metrics.ipynb #13e9d7dc
 class LabelMetric(MixMetric):
     "Base of the metrics that compare predictions with both labels of a mixed item"
     def __init__(self, axis, ignore_index):
@@ -113,6 +110,8 @@ class LabelMetric(MixMetric):
         p = label_probabilities(y, pred, spec)
         if p is None: check_classes(who, y, pred, self.axis)
         answers = [o.reshape(y.shape) for o in self.answers(pred, spec, p)]
+        if p is not None and plan is not None and plan.combiner is not None: # all labels of both items, as the loss has them
+            y,plan = plan.average_target(y, Tensor.float).long(),None
         ignored = spec.option('ignore_index', -100) if self.ignore_index is None else self.ignore_index
         for labels,weight in weighted_labels(y, plan, plan is not None and is_pasted(learn, spec, plan), ignored):
             self.count(labels, (labels != ignored).float()*weight, *answers)
