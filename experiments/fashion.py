@@ -5,6 +5,7 @@ images that are left out of the 2,000; the other parts train on all and score th
 run goes on where it was.
 """
 import gzip
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,11 @@ METHODS = {
     'SaliencyMix .5': (lambda: [SaliencyMix(1., p=.5)], CE), 'FMix .5': (lambda: [FMix(1., p=.5)], CE),
     'ManifoldMixUp(CutMix)': (lambda: [ManifoldMixUp(method=CutMixCallback(1.))], CE),
     'RegMixUp(CutMix)': (lambda: [RegMixUp(method=CutMixCallback(1.))], CE),
+    **{f'{method.__name__}()': (lambda method=method: [method()], CE) for method in (FMix, GridMix, SmoothMix, ResizeMix, SaliencyMix,
+        GuidedMixup, PuzzleMix, SnapMix, AlignMixUp, CatchUpMix)},
+    'GuidedMixup(LeastOverlap)': (lambda: [GuidedMixup(pairing=LeastOverlap())], CE),
+    'CutMix(1), decoupled': (lambda: [CutMixCallback(1.)], partial(LabelSmoothingCE, 0., decoupled=.1)),
+    'RandomMix by BCE': (lambda: [RandomMix([MixUpCallback(.2), CutMixCallback(1.)])], partial(LabelSmoothingBCE, .1)),
     'fastai MixUp': (lambda: [FastaiMixUp(1.)], CE), 'fastai CutMix': (lambda: [FastaiCutMix(1.)], CE),
     'timm mixup': (lambda: timm(mixup_alpha=1.), nn.CrossEntropyLoss),
     'timm cutmix': (lambda: timm(mixup_alpha=0., cutmix_alpha=1.), nn.CrossEntropyLoss),
@@ -129,6 +135,7 @@ def train_and_score(method, train, test, seed, epochs, lr=5e-3, augment=False, n
     return class_scores(logits(test[0]), test[1]) | dict(train_accuracy=(logits(train[0]).argmax(1) == train[1]).float().mean().item()*100)
 
 
+OTHERS = [m for m in METHODS if m.endswith('()')] + ['GuidedMixup(LeastOverlap)', 'CutMix(1), decoupled', 'RandomMix by BCE']
 DOSES = ['none', *[m for m in METHODS if m.startswith('MixUp(') and 'smoothing' not in m]]
 RECIPES = ['none', 'MixUp(1)', 'CutMix(1)', *[m for m in METHODS if m.startswith(('RandomMix', 'CutMix ', 'SaliencyMix', 'FMix'))],
     'ManifoldMixUp(CutMix)', 'RegMixUp(CutMix)']
@@ -146,6 +153,9 @@ PARTS = {
     'augmented': [dict(methods=NAMED, augment=True)],
     'both': [dict(methods=NAMED, noise=.4, augment=True)],
     'plain': [dict(methods=['none', 'MixUp(.4)', 'MixUp(1)', 'fastai MixUp', 'CutMix(1)', 'LabelSmoothingCE(.1)', WINNER], net='basic')],
+    'methods': [dict(methods=OTHERS)],
+    'methods-few': [dict(methods=OTHERS, n=500, epochs=60)],
+    'methods-noisy': [dict(methods=OTHERS, noise=.4)],
     'dose': [dict(methods=DOSES)],
     'epochs': [dict(methods=['none', 'MixUp(1)', WINNER], n=500, epochs=e) for e in (15, 30, 60, 120, 240)],
     'corrupted': [dict(methods=['none', 'MixUp(1)', 'CutMix(1)', 'ManifoldMixUp(1)'], noise=s) for s in (0., .2, .4, .8)]}
@@ -167,7 +177,7 @@ def score(data, method, seed, n, epochs, noise, augment, held_out, net):
 
 @call_parse
 def main(
-    part:str='main', # One of select, main, peers, few, noisy, augmented, both, plain, dose, epochs, corrupted
+    part:str='main', # Which of the parts that README.md lists
     data:str='fashion', # Folder with the files of Fashion-MNIST
     seeds:int=5, # Number of seeds, each run by every method
     first:int=0, # The first seed

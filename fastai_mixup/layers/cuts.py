@@ -193,7 +193,7 @@ def _after(self:PathCounts):
         for u in _inputs(v): res[u] += res[v]
     return res
 
-# %% ../../nbs/api/13_cuts.ipynb #c03f2575
+# %% ../../nbs/api/13_cuts.ipynb #3c49241e
 @dataclass
 class Cut:
     "A layer whose output may be mixed"
@@ -206,25 +206,20 @@ class Cut:
     looks_up:bool=False # Is it an embedding, whose output is mixed where the input is?
     others:tuple=() # Shapes of its other tensors
 
-    def has_positions(self,
-        size:tuple, # Of an item, without channels
-        channels_last:bool=False, # Do channels come after the positions?
-        halved:dict|None=None, # Its shapes for inputs with half of the positions, by path; `None` where the model takes no such
-    )->bool:
-        "Is the output shaped like the items: channels, and positions in the same proportions?"
-        shapes = zip((self.shape, *self.others), self.dims[0] if self.dims else [()])
-        return all(_has_positions(shape, size, channels_last, (halved or {}).get(path)) for shape,path in shapes)
+class _Cuts(list):
+    "The cuts of a model, and the names of the layers (`irregular`) that are not called in every forward pass"
+    irregular,memory = (),None # the memory is that of `untouched`
 
-    def has_own_positions(self,
-        dims:int, # Spatial dimensions of the inputs
-        channels_last:bool=False, # Do channels come after the positions?
-    )->bool:
-        "Has the output at least two spatial dimensions, and more than the inputs, as the spectrogram of a signal?"
-        return all(max(2, dims+1) <= len(_positions(shape, channels_last)) <= 3 for shape in (self.shape, *self.others))
-
-def _positions(shape, channels_last):
-    found = shape[1:-1] if channels_last else shape[2:]
-    return () if shape[:1] != ('bs',) or 1 in found else found
+# %% ../../nbs/api/13_cuts.ipynb #8b5dba97
+@patch
+def has_positions(self:Cut,
+    size:tuple, # Of an item, without channels
+    channels_last:bool=False, # Do channels come after the positions?
+    halved:dict|None=None, # Its shapes for inputs with half of the positions, by path; `None` where the model takes no such
+)->bool:
+    "Is the output shaped like the items: channels, and positions in the same proportions?"
+    shapes = zip((self.shape, *self.others), self.dims[0] if self.dims else [()])
+    return all(_has_positions(shape, size, channels_last, (halved or {}).get(path)) for shape,path in shapes)
 
 def _has_positions(shape, size, channels_last, halved):
     first,last = range(2, len(shape)),range(1, len(shape)-1)
@@ -237,9 +232,18 @@ def _has_positions(shape, size, channels_last, halved):
         return whole and all(abs(shape[d] - scale*n) < 1 + scale for d,n in zip(at, size))
     return fits(at) and (changed == [*at] if changed else not fits(other))
 
-class _Cuts(list):
-    "The cuts of a model, and the names of the layers (`irregular`) that are not called in every forward pass"
-    irregular,memory = (),None # the memory is that of `untouched`
+# %% ../../nbs/api/13_cuts.ipynb #40021a7a
+def _positions(shape, channels_last):
+    found = shape[1:-1] if channels_last else shape[2:]
+    return () if shape[:1] != ('bs',) or 1 in found else found
+
+@patch
+def has_own_positions(self:Cut,
+    dims:int, # Spatial dimensions of the inputs
+    channels_last:bool=False, # Do channels come after the positions?
+)->bool:
+    "Has the output at least two spatial dimensions, and more than the inputs, as the spectrogram of a signal?"
+    return all(max(2, dims+1) <= len(_positions(shape, channels_last)) <= 3 for shape in (self.shape, *self.others))
 
 # %% ../../nbs/api/13_cuts.ipynb #e49fcd00
 def _batch_dims(few, more, n, m):
