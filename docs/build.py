@@ -26,13 +26,17 @@ from fastai_mixup.registry import TWINS
 root = Path(__file__).resolve().parent.parent
 REPOSITORY = 'https://github.com/fastai-mixup/fastai_mixup/blob/main/'
 PARTS = {
-    'Begin': ['index', 'tutorials/help', 'explanations/questions'],
-    'Tutorials': [f'tutorials/{name}' for name in 'images segmentation tables text regression inputs migration own_method *'.split()],
-    'Explanations': ['explanations/*'],
-    'Methods': ['api/20_*', 'api/21_*', 'api/3[1-9]_*', 'api/4?_*'],
+    'Begin': ['index', 'tutorials/help'],
+    'How to': [f'tutorials/{name}' for name in
+        'images segmentation tables text series regression multilabel inputs distributed own_method'.split()],
+    'Which method': ['explanations/which', 'explanations/gallery', 'explanations/methods', 'explanations/parameters'],
+    'Methods': ['api/20_*', 'api/41_*', 'api/21_*', 'api/3[1-9]_*', 'api/4?_*'],
     'Partners and labels': ['api/5?_*'],
     'Tools': ['api/6?_*'],
-    'Inside': ['api/*'],
+    'Evidence': [f'explanations/{name}' for name in 'evidence speed models compatibility limitations'.split()],
+    'Migration and help': ['tutorials/migration', 'explanations/troubleshooting', 'explanations/questions', 'explanations/glossary'],
+    'More': ['tutorials/*', 'explanations/*'],
+    'How it works': ['api/*'],
 }
 
 def contents(names):
@@ -41,7 +45,7 @@ def contents(names):
     for part,patterns in PARTS.items():
         mine = [*dict.fromkeys(n for p in patterns for n in left if Path(n).match(p))]
         left = [n for n in left if n not in mine]
-        parts.append('\n'.join(['```{toctree}', f':caption: {part}', ':maxdepth: 1', '', *mine, '```']))
+        if mine: parts.append('\n'.join(['```{toctree}', f':caption: {part}', ':maxdepth: 1', '', *mine, '```']))
     if left: raise SystemExit(f"These notebooks are in no part of the table of contents: {', '.join(left)}")
     return '\n\n'.join(['# Contents', *parts]) + '\n'
 
