@@ -102,6 +102,8 @@ def published(path):
     "The name under which nbdev publishes a page, which has no number"
     return (path.parent/re.sub(r'^\d+_', '', path.stem)).as_posix()
 
+BRAND = re.compile(r'(class="sidebar-brand" href="[./]*)contents(\.html")|(<a href="[./]*)contents(\.html"><div class="brand">)')
+
 def keep_inside(out):
     "Links to where the documentation is to be published become links to the other pages; fails if one leads nowhere"
     pages = {published(p.relative_to(out)): p for p in out.rglob('*.html')}
@@ -115,7 +117,8 @@ def keep_inside(out):
             there = Path(os.path.relpath(target, path.parent)).as_posix()
             if f'id="{anchor}"' in texts[target]: return f'{there}#{anchor}'
             return there if f'{m[1]}.html#{m[2]}' in EXPORTED else lost.add(m[0]) or m[0]
-        path.write_text(re.sub(rf'{url}([\w/]+)\.html#([\w.]+)', local, text), encoding='utf-8')
+        text = re.sub(rf'{url}([\w/]+)\.html#([\w.]+)', local, text)
+        path.write_text(BRAND.sub(lambda m: (m[1] or m[3]) + 'index' + (m[2] or m[4]), text), encoding='utf-8')
     if lost: raise SystemExit(f"These links lead nowhere: {', '.join(sorted(lost))}")
 
 @call_parse

@@ -157,3 +157,31 @@ def test_the_calls_for_other_data_run(folder):
     for line,dls in zip(lines, ('masks', 'rows', 'texts', 'tiny'), strict=True):
         code += f'dls = {dls}\nlearn = {line}\nwith learn.no_bar(), learn.no_logging(): learn.fit(1)\n'
     run(code, folder)
+
+IMAGES = '''
+import timm, torchvision
+from fastai.vision.all import *
+create = timm.create_model
+timm.create_model = lambda *args, pretrained=False, **kwargs: create(*args, **kwargs)
+class Items(list): loss_func = CrossEntropyLossFlat()
+def images(side):
+    items = Items((TensorImage(torch.rand(3, side, side)), TensorCategory(i % 2)) for i in range(8))
+    dls = DataLoaders.from_dsets(items, [], bs=4, num_workers=0, device='cpu')
+    dls.c,dls.vocab = 2,['a', 'b']
+    return dls
+def fit(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+'''
+
+@pytest.mark.slow
+def test_the_calls_on_the_pages_of_methods_run(folder):
+    pages = [p for p in sorted((root/'nbs/api').glob('*.ipynb')) if re.match('20|21|3[1-9]|4', p.name)]
+    code,n = IMAGES,0
+    for page in pages:
+        for snippet in re.findall('```python\n(from.*?|import.*?)```', prose(page.relative_to(root)), re.S)[:1]:
+            side,snippet = 224 if 'vit' in snippet else 32,snippet.replace('resnet34', 'resnet18').replace('vit_small', 'vit_tiny')
+            code += f'dls = images({side})\n'
+            code += f'{snippet}fit(learn)\n'
+            n += 1
+    assert n == len(pages)
+    run(code, folder)
