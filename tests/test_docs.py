@@ -73,6 +73,7 @@ def test_entries():
     assert 'common to all mixing callbacks' in said and '`spatial_dims`' not in said
     said = Entry(MixCallback)._repr_markdown_()
     assert r'`bool \| None`' in said and 'NoneType' not in said and '`spatial_dims`' in said
+    assert '| `minmax` |' in Entry(type('CutMix', (MixCallback,), {}))._repr_markdown_(), 'a class without source, as in a notebook'
     said = Entry(draw_lam)._repr_markdown_()
     assert '|  | type | default |  |\n' in said and '| *returns* | `Tensor` |  | ' in said
     assert max(map(len, call('f', {f'argument{i}': dict(default=i) for i in range(20)}).split('\n'))) < 96
