@@ -15,6 +15,7 @@ def shown(output):
     "The text of one output"
     if output.get('output_type') == 'stream': return ''.join(output['text']) if output['name'] == 'stdout' else ''
     data = output.get('data', {})
+    if 'text/markdown' in data: return ''.join(data['text/markdown'])
     if 'text/html' in data and '<table' in ''.join(data['text/html']): return ''.join(data['text/html'])
     return ''.join(data.get('text/plain', ''))
 
@@ -26,9 +27,10 @@ def as_markdown(cell):
     "One cell of the notebook"
     if cell['cell_type'] == 'markdown': return re.sub(r'\]\((?!\w+:|#)([^)]+)\)', from_root, ''.join(cell['source']))
     if 'hide' in directives(cell): return ''
-    parts = ['```python\n' + re.sub(r'^#\|.*\n', '', ''.join(cell['source']), flags=re.M) + '\n```']
+    code = re.sub(r'^#\|.*\n', '', ''.join(cell['source']), flags=re.M)
+    parts = [] if 'echo: false' in directives(cell) else [f'```python\n{code}\n```']
     for text in filter(str.strip, map(shown, cell['outputs'])):
-        parts.append(text.strip() if text.lstrip().startswith('<') else f'```text\n{text.strip()}\n```')
+        parts.append(text.strip() if text.lstrip().startswith(('<', '|')) else f'```text\n{text.strip()}\n```')
     return '\n\n'.join(parts)
 
 

@@ -26,13 +26,17 @@ from fastai_mixup.registry import TWINS
 root = Path(__file__).resolve().parent.parent
 REPOSITORY = 'https://github.com/fastai-mixup/fastai_mixup/blob/main/'
 PARTS = {
-    'Begin': ['index', 'tutorials/help', 'explanations/questions'],
-    'Tutorials': [f'tutorials/{name}' for name in 'images segmentation tables text regression inputs migration own_method *'.split()],
-    'Explanations': ['explanations/*'],
-    'Methods': ['api/20_*', 'api/21_*', 'api/3[1-9]_*', 'api/4?_*'],
+    'Begin': ['index', 'tutorials/help'],
+    'How to': [f'tutorials/{name}' for name in
+        'images segmentation tables text series regression multilabel inputs distributed own_method'.split()],
+    'Which method': ['explanations/which', 'explanations/gallery', 'explanations/methods', 'explanations/parameters'],
+    'Methods': ['api/20_*', 'api/41_*', 'api/21_*', 'api/3[1-9]_*', 'api/4?_*'],
     'Partners and labels': ['api/5?_*'],
     'Tools': ['api/6?_*'],
-    'Inside': ['api/*'],
+    'Evidence': [f'explanations/{name}' for name in 'evidence speed models compatibility limitations'.split()],
+    'Migration and help': ['tutorials/migration', 'explanations/troubleshooting', 'explanations/questions', 'explanations/glossary'],
+    'More': ['tutorials/*', 'explanations/*'],
+    'How it works': ['api/*'],
 }
 
 def contents(names):
@@ -41,7 +45,7 @@ def contents(names):
     for part,patterns in PARTS.items():
         mine = [*dict.fromkeys(n for p in patterns for n in left if Path(n).match(p))]
         left = [n for n in left if n not in mine]
-        parts.append('\n'.join(['```{toctree}', f':caption: {part}', ':maxdepth: 1', '', *mine, '```']))
+        if mine: parts.append('\n'.join(['```{toctree}', f':caption: {part}', ':maxdepth: 1', '', *mine, '```']))
     if left: raise SystemExit(f"These notebooks are in no part of the table of contents: {', '.join(left)}")
     return '\n\n'.join(['# Contents', *parts]) + '\n'
 
@@ -98,6 +102,8 @@ def published(path):
     "The name under which nbdev publishes a page, which has no number"
     return (path.parent/re.sub(r'^\d+_', '', path.stem)).as_posix()
 
+BRAND = re.compile(r'(class="sidebar-brand" href="[./]*)contents(\.html")|(<a href="[./]*)contents(\.html"><div class="brand">)')
+
 def keep_inside(out):
     "Links to where the documentation is to be published become links to the other pages; fails if one leads nowhere"
     pages = {published(p.relative_to(out)): p for p in out.rglob('*.html')}
@@ -111,7 +117,8 @@ def keep_inside(out):
             there = Path(os.path.relpath(target, path.parent)).as_posix()
             if f'id="{anchor}"' in texts[target]: return f'{there}#{anchor}'
             return there if f'{m[1]}.html#{m[2]}' in EXPORTED else lost.add(m[0]) or m[0]
-        path.write_text(re.sub(rf'{url}([\w/]+)\.html#([\w.]+)', local, text), encoding='utf-8')
+        text = re.sub(rf'{url}([\w/]+)\.html#([\w.]+)', local, text)
+        path.write_text(BRAND.sub(lambda m: (m[1] or m[3]) + 'index' + (m[2] or m[4]), text), encoding='utf-8')
     if lost: raise SystemExit(f"These links lead nowhere: {', '.join(sorted(lost))}")
 
 @call_parse

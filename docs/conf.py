@@ -20,3 +20,4 @@ html_theme_options = dict(source_repository='https://github.com/fastai-mixup/fas
 html_static_path = [str(Path(__file__).parent/'static')]
 html_css_files = ['site.css']
 html_show_sphinx = False
+copyright = 'The fastai_mixup authors, Apache-2.0'

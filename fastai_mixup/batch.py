@@ -152,12 +152,13 @@ def average_target(self:Plan, y:Tensor, number:Callable=noop)->Tensor:
     if isinstance(self.perm, Others): return blend_with(number(y), number(self.perm(y)), self.label_lam)
     return blend(number(y), self.label_lam, self.perm)
 
-# %% ../nbs/api/03_batch.ipynb #86a26e69
+# %% ../nbs/api/03_batch.ipynb #4e3a4551
 @patch
 def apply_rule(self:Plan, batch):
     "Determine the weights of the labels by the plan's own rule, if it has one"
     if self.rule is not None: self.set_labels(self.rule(batch, self))
 
+# %% ../nbs/api/03_batch.ipynb #5ee06905
 @patch
 def certainty(self:Plan, y, index):
     "Is `y` a 'map', 'perhaps' one, or (`None`) a target that is mixed as a whole, as all are without a mask?"

@@ -427,13 +427,14 @@ def after_cancel_batch(self:MixCallback):
     "Nobody asks for the loss of a batch that was cancelled"
     if self.running is not None: self.running.taken = True
 
-# %% ../nbs/api/20_callback.ipynb #237b8d8c
+# %% ../nbs/api/20_callback.ipynb #bb2450c6
 @patch
 def after_batch(self:MixCallback):
     "End the scope where events are sent by hand; elsewhere a loss must have been taken, even if no `after_loss` was sent"
     if self.by_hand is None: self._check_taken()
     self._end_by_hand()
 
+# %% ../nbs/api/20_callback.ipynb #b754907c
 @patch
 def after_fit(self:MixCallback):
     "Free the memory; a validation, which sends this too, has begun no fit"

@@ -66,10 +66,14 @@ def test_entries():
 
     from fastai_mixup.all import MixUp
     from fastai_mixup.batch import draw_lam
+    from fastai_mixup.callback import MixCallback
     said = Entry(MixUp)._repr_markdown_()
     assert '### MixUp' in said and "MixUp(alpha=0.4, p=1.0, fold=True, per='item'" in said and '# Param' not in said
     assert "\n\n|  | type | default |  |\n| --- | --- | --- | --- |\n| `alpha` | `float \\| Callable` | `0.4` | Of Beta" in said
-    assert r'`bool \| None`' in said and 'NoneType' not in said
+    assert 'common to all mixing callbacks' in said and '`spatial_dims`' not in said
+    said = Entry(MixCallback)._repr_markdown_()
+    assert r'`bool \| None`' in said and 'NoneType' not in said and '`spatial_dims`' in said
+    assert '| `minmax` |' in Entry(type('CutMix', (MixCallback,), {}))._repr_markdown_(), 'a class without source, as in a notebook'
     said = Entry(draw_lam)._repr_markdown_()
     assert '|  | type | default |  |\n' in said and '| *returns* | `Tensor` |  | ' in said
     assert max(map(len, call('f', {f'argument{i}': dict(default=i) for i in range(20)}).split('\n'))) < 96

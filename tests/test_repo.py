@@ -97,15 +97,3 @@ def test_imports_have_cells_of_their_own():
             body = ast.parse(source).body
             imports = [isinstance(o, (ast.Import, ast.ImportFrom)) for o in body]
             assert all(imports) or not any(imports), (path.stem, source[:200])
-
-
-def test_costs_in_the_readme_are_the_committed_ones():
-    def measured(name, threads, size, unit):
-        rows = json.loads((root/f'benchmarks/results/{name}_{threads}.json').read_text(encoding='utf-8'))['rows']
-        return next(f'{row[unit][0]:.2f}' for row in rows if (row['size'], row['contestant']) == (size, 'fastai_mixup'))
-    rows = [('inputs', '64x3x224x224', 'x fastai'), ('inputs', '64x3x224x224', 'x one memory pass'), ('inputs', '128x1x28x28', 'x fastai'),
-        ('losses', '1024x32000', 'x fastai'), ('losses', '1024x32000', 'x plain'), ('losses', '64x10', 'x fastai'),
-        ('losses', '64x10', 'x plain')]
-    text = (root/'README.md').read_text(encoding='utf-8').split('## What it costs')[1]
-    table = [[cell.strip() for cell in line.split('|')[3:5]] for line in text.split('\n') if re.search(r'\| \d\.\d\d \|', line)]
-    assert table[:len(rows)] == [[measured(name, threads, size, unit) for threads in (1, 2)] for name,size,unit in rows]

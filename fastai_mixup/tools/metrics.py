@@ -159,7 +159,7 @@ class ExpectedCalibrationError(LabelMetric):
         p = class_probabilities(type(self).__name__, pred, spec, self.axis)
         return p.argmax(self.axis),p.amax(self.axis)
 
-# %% ../../nbs/api/60_metrics.ipynb #cbf8ef7a
+# %% ../../nbs/api/60_metrics.ipynb #a03d1e1f
 @patch
 def count(self:ExpectedCalibrationError, labels, weight, predicted, confidence):
     n,item = len(labels),torch.arange(len(labels), device=labels.device).view(-1, *[1]*(labels.ndim-1))
@@ -167,6 +167,7 @@ def count(self:ExpectedCalibrationError, labels, weight, predicted, confidence):
     each = torch.stack([weight*(predicted == labels), weight*confidence, weight]).flatten(1)
     self.add_sums(each.new_zeros(3, n*self.n_bins).index_add_(1, at.flatten(), each).view(3, n, self.n_bins).sum(1))
 
+# %% ../../nbs/api/60_metrics.ipynb #36c861ae
 @patch(as_prop=True)
 def value(self:ExpectedCalibrationError):
     "The error of the epoch; nan where there was nothing to count"
