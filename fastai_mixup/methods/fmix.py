@@ -34,7 +34,13 @@ def low_frequency_noise(
     spectrum = torch.view_as_complex(torch.randn(n, *f.shape, 2, generator=generator, device=device)) / f**decay
     return torch.fft.irfftn(spectrum, s=size, dim=tuple(range(1, len(size)+1)))
 
-# %% ../../nbs/api/32_fmix.ipynb #034c74a4
+# %% ../../nbs/api/32_fmix.ipynb #1f17c7a5
+def lowest_level(flat, kept):
+    "The height above which so many positions of each item lie, shape (n, 1)"
+    n,counts = flat.shape[1],kept.flatten().long().tolist()
+    levels = [row.kthvalue(n-k).values if k < n else row.new_tensor(-torch.inf) for row,k in zip(flat, counts)]
+    return torch.stack(levels)[:,None]
+
 def top_mask(
     height:Tensor, # Of each position, shape (n, *size)
     lam:Tensor, # Share of the positions to keep, in [0, 1], shape (n,)
@@ -43,8 +49,9 @@ def top_mask(
     "Keep the highest positions"
     flat = height.flatten(1)
     count = flat.shape[1]
-    rank = torch.arange(count, device=lam.device) + .5
     kept = (lam*count).round()[:,None]
+    if not soft and lam.device.type == 'cpu': return (flat > lowest_level(flat, kept)).view(height.shape)
+    rank = torch.arange(count, device=lam.device) + .5
     by_rank = rank < kept
     if soft:
         ramp = (2*torch.minimum(kept, count-kept)).clamp_max(soft*count)

@@ -17,13 +17,16 @@ from torch import Tensor
 from ..callback import MixCallback
 from .cutmix import CutMixMethod, box_plan
 
-# %% ../../nbs/api/36_saliencymix.ipynb #2aa3f847
+# %% ../../nbs/api/36_saliencymix.ipynb #a2374c5b
 AVERAGE = {1: (F.adaptive_avg_pool1d, F.avg_pool1d), 2: (F.adaptive_avg_pool2d, F.avg_pool2d), 3: (F.adaptive_avg_pool3d, F.avg_pool3d)}
 
 def blur(x, share):
     "`x`, shape (n, channels, *size), averaged over boxes, whose sides are a `share` of those of `x`"
-    width = [int(share*n) | 1 for n in x.shape[2:]]
-    return AVERAGE[x.ndim-2][1](x, width, 1, [w//2 for w in width], count_include_pad=False)
+    for dim in range(2, x.ndim): # one after the other, as a product with the weights of all positions
+        at = torch.arange(x.shape[dim], device=x.device)
+        near = ((at[:,None] - at).abs() <= int(share*len(at))//2).to(x.dtype)
+        x = (x.movedim(dim, -1) @ (near/near.sum(0))).movedim(-1, dim)
+    return x
 
 # %% ../../nbs/api/36_saliencymix.ipynb #a7983e47
 def saliency(
