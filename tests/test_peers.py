@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn
+from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 from mixup.methods import FMix as PeersFMix
 from scipy import stats
 from timm.data import Mixup as TimmMixup
@@ -27,10 +27,10 @@ def alike(a, b): assert stats.ks_2samp(a, b).pvalue > 1e-3
 
 @pytest.mark.parametrize('decay', [2., 3.])
 def test_clouds_are_as_ragged_as_those_of_fmix(decay):
-    torch.manual_seed(0)
-    theirs = torch.stack([peers_mask(PeersFMix(1e4, decay_power=decay)) for _ in range(N)])
+    set_seed(0) # the peer draws from numpy
+    theirs = torch.stack([peers_mask(PeersFMix(1e4, decay_power=decay)) for _ in range(2*N)])
     share = theirs.mean((1,2))
-    def clouds(decay): return top_mask(low_frequency_noise(N, (SIDE, SIDE), decay, 1), share).float()
+    def clouds(decay): return top_mask(low_frequency_noise(2*N, (SIDE, SIDE), decay, 1), share).float()
     alike(edge(theirs), edge(clouds(decay)))
     with pytest.raises(AssertionError): alike(edge(theirs), edge(clouds(decay+1)))
 
