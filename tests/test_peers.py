@@ -28,9 +28,9 @@ def alike(a, b): assert stats.ks_2samp(a, b).pvalue > 1e-3
 @pytest.mark.parametrize('decay', [2., 3.])
 def test_clouds_are_as_ragged_as_those_of_fmix(decay):
     set_seed(0) # the peer draws from numpy
-    theirs = torch.stack([peers_mask(PeersFMix(1e4, decay_power=decay)) for _ in range(2*N)])
+    theirs = torch.stack([peers_mask(PeersFMix(1e4, decay_power=decay)) for _ in range(N)])
     share = theirs.mean((1,2))
-    def clouds(decay): return top_mask(low_frequency_noise(2*N, (SIDE, SIDE), decay, 1), share).float()
+    def clouds(decay): return top_mask(low_frequency_noise(N, (SIDE, SIDE), decay, 1), share).float()
     alike(edge(theirs), edge(clouds(decay)))
     with pytest.raises(AssertionError): alike(edge(theirs), edge(clouds(decay+1)))
 
