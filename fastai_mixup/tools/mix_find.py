@@ -76,10 +76,11 @@ def _shared(learn, new):
     data = [learn.dls,*learn.dls.loaders,*(getattr(dl, 'dataset', None) for dl in learn.dls.loaders)]
     return {id(learn): new, **{id(o): o for o in data if o is not None}}
 
-# %% ../../nbs/api/61_mix_find.ipynb #4332d014
+# %% ../../nbs/api/61_mix_find.ipynb #e76db9f1
 def _as_setting(mix, mixer):
     "The callback of a setting, still to be copied, and its `alpha` if it is to have another one"
     if mix is None or isinstance(mix, MixCallback): return mix,None
+    if mix == 0: return None,None # where nothing is mixed there is no need of a callback
     return (MixUp(mix),None) if mixer is None else (mixer,check_alpha(mix))
 
 def copied(learn, mix):
