@@ -8,8 +8,9 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/ops.html.md"""
 __all__ = ['map_leaves', 'leaves', 'tensors', 'is_number', 'holds_points', 'has_rows', 'perm_index', 'is_same', 'Others',
            'partners', 'broadcast_lam', 'average', 'blend', 'blend_with', 'Reused']
 
-# %% ../nbs/api/02_ops.ipynb #29a6b4a0
+# %% ../nbs/api/02_ops.ipynb #aa46d348
 import copy
+import math
 from collections.abc import Mapping
 from functools import cache
 
@@ -95,26 +96,17 @@ def broadcast_lam(lam:Tensor, x:Tensor, dim:int=0)->Tensor:
     if lam.ndim == x.ndim: return lam
     return lam.view([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]) if lam.ndim == 1 else lam
 
-# %% ../nbs/api/02_ops.ipynb #18284cb4
+# %% ../nbs/api/02_ops.ipynb #e60d8400
 def average(x, partner, weight, out=None, has_whole=None):
     "`weight` parts of `x` and the rest of `partner`; weights broadcast, and booleans select"
     out = {} if out is None else {'out': out}
     if weight.dtype == torch.bool: return torch.where(weight, x, partner, **out)
-    res = torch.lerp(partner, x, weight, **out)
-    return res if has_whole is False else _with_copies(res, x, partner, weight, out)
-
-def _with_copies(res, x, partner, weight, out):
-    "`res`, where what has a weight of 1 or 0 is copied; on the CPU only where that may differ, and infinities stay infinities"
-    on_cpu,dims = weight.device.type == 'cpu',[d for d,n in enumerate(weight.shape) if n > 1]
-    if on_cpu and len(dims) == 1: return _with_rows_copied(res, x, partner, weight.flatten(), dims[0])
-    if on_cpu and res.detach().sum().isfinite(): return res # infinities and NaN would reach the sum
-    if on_cpu: res = torch.addcmul(partner*(1-weight), x, weight)
-    return torch.where(weight == 1, x, torch.where(weight == 0, partner, res), **out)
-
-def _with_rows_copied(res, x, partner, weight, dim):
-    for value,source in (1, x),(0, partner):
-        for row in (weight == value).nonzero().flatten().tolist(): res.select(dim, row).copy_(source.select(dim, row))
-    return res
+    if weight.device.type == 'cpu':
+        res = torch.lerp(partner, x, weight, **out)
+        if math.isfinite(res.detach().sum().item()): return res # infinities and NaN would reach the sum
+        has_whole = None
+    res = torch.addcmul(partner*(1-weight), x, weight, **(out if has_whole is False else {}))
+    return res if has_whole is False else torch.where(weight == 1, x, torch.where(weight == 0, partner, res), **out)
 
 # %% ../nbs/api/02_ops.ipynb #cdaec547
 def _cut(x, at, dim): return x.split_with_sizes((at, x.shape[dim]-at), dim)
