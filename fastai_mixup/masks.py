@@ -137,7 +137,7 @@ def _scale(size, of):
     for k in (2, 4, 8, 16, 32):
         if all(a in (b//k, -(-b//k)) for a,b in zip(size, of)): return -k
 
-# %% ../nbs/api/04_masks.ipynb #effd5a91
+# %% ../nbs/api/04_masks.ipynb #48d1af28
 def map_certainty(size:tuple, of:tuple, index:bool, channels:bool)->str|None:
     "Are the positions of a target those `of` the inputs ('map'), 'perhaps', or not (`None`)?"
     scale = _scale(size, of)
@@ -145,7 +145,7 @@ def map_certainty(size:tuple, of:tuple, index:bool, channels:bool)->str|None:
     if len(of) == 1: return None if scale != 1 else 'map' if index else 'perhaps'
     if index: return 'map' if scale > 0 else 'perhaps'
     if scale == 1 or (channels and scale > 1): return 'map'
-    return 'perhaps' if channels else None
+    return 'perhaps' if channels or min(size) > 4 else None # the matrices of transformations are small
 
 # %% ../nbs/api/04_masks.ipynb #a163adc5
 @patch

@@ -95,20 +95,18 @@ def broadcast_lam(lam:Tensor, x:Tensor, dim:int=0)->Tensor:
     if lam.ndim == x.ndim: return lam
     return lam.view([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]) if lam.ndim == 1 else lam
 
-# %% ../nbs/api/02_ops.ipynb #18284cb4
+# %% ../nbs/api/02_ops.ipynb #2ff988ce
 def average(x, partner, weight, out=None, has_whole=None):
     "`weight` parts of `x` and the rest of `partner`; weights broadcast, and booleans select"
     out = {} if out is None else {'out': out}
     if weight.dtype == torch.bool: return torch.where(weight, x, partner, **out)
     res = torch.lerp(partner, x, weight, **out)
-    return res if has_whole is False else _with_copies(res, x, partner, weight, out)
-
-def _with_copies(res, x, partner, weight, out):
-    "`res`, where what has a weight of 1 or 0 is copied; on the CPU only where that may differ, and infinities stay infinities"
-    on_cpu,dims = weight.device.type == 'cpu',[d for d,n in enumerate(weight.shape) if n > 1]
-    if on_cpu and len(dims) == 1: return _with_rows_copied(res, x, partner, weight.flatten(), dims[0])
-    if on_cpu and res.detach().sum().isfinite(): return res # infinities and NaN would reach the sum
-    if on_cpu: res = torch.addcmul(partner*(1-weight), x, weight)
+    if has_whole is False: return res
+    dims = [d for d,n in enumerate(weight.shape) if n > 1]
+    if weight.device.type == 'cpu':
+        if has_whole and len(dims) == 1: return _with_rows_copied(res, x, partner, weight.flatten(), dims[0])
+        if res.detach().sum().isfinite(): return res # infinities and NaN would reach the sum
+        res = torch.addcmul(partner*(1-weight), x, weight)
     return torch.where(weight == 1, x, torch.where(weight == 0, partner, res), **out)
 
 def _with_rows_copied(res, x, partner, weight, dim):
@@ -147,12 +145,16 @@ def _complex(x, lam, f):
     "`f` of the real and imaginary parts of `x` as numbers of their own"
     return torch.view_as_complex(f(torch.view_as_real(x), lam if lam.ndim == 1 else lam.unsqueeze(-1)))
 
-# %% ../nbs/api/02_ops.ipynb #ea3e111f
+# %% ../nbs/api/02_ops.ipynb #dedb409f
 _SMALL = 2**16 # Elements
+
+def _knows_whole(lam, x, out):
+    "Is any weight 1 or 0? `None` where that is not known, or not enough, since there are infinities"
+    return None if out is not None and out.sees_infinities(x) else getattr(lam, 'has_whole', None)
 
 def _blend(x, lam, perm, dim, out=None):
     if x.is_complex() and lam.dtype != torch.bool: return _complex(x, lam, lambda x,lam: _blend(x, lam, perm, dim))
-    weight,has_whole = broadcast_lam(lam, x, dim),getattr(lam, 'has_whole', None)
+    weight,has_whole = broadcast_lam(lam, x, dim),_knows_whole(lam, x, out)
     if weight.dtype not in (x.dtype, torch.bool): return _blend(x.to(weight.dtype), lam, perm, dim).to(x.dtype)
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     is_small = x.device.type == 'cpu' and x.numel() <= _SMALL
@@ -185,18 +187,23 @@ def blend_with(
     with PlainTensors(): res = _blend_with(x.as_subclass(Tensor), _arranged_as(x, partner).as_subclass(Tensor), lam, out)
     return res if type(x) is Tensor else retain_type(res, x)
 
-# %% ../nbs/api/02_ops.ipynb #5da9eefc
+# %% ../nbs/api/02_ops.ipynb #9bd99983
 def _blend_with(x, partner, lam, out=None):
     if x.is_complex() and lam.dtype != torch.bool: return _complex(x, lam, lambda x,lam: _blend_with(x, torch.view_as_real(partner), lam))
     weight = broadcast_lam(lam, x)
     if weight.dtype not in (x.dtype, torch.bool): return average(x.to(weight.dtype), partner.to(weight.dtype), weight).to(x.dtype)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or partner.requires_grad)
-    return average(x, partner, weight, None if out is None or needs_grad else out.like(x), getattr(lam, 'has_whole', None))
+    return average(x, partner, weight, None if out is None or needs_grad else out.like(x), _knows_whole(lam, x, out))
 
-# %% ../nbs/api/02_ops.ipynb #c35686b4
+# %% ../nbs/api/02_ops.ipynb #3ce04cb1
 class Reused:
     "Hands out one piece of memory again and again, unless somebody still holds it"
-    def __init__(self): self.kept = self.alone = None
+    def __init__(self): self.kept = self.alone = self.infinite = None
+
+    def sees_infinities(self, x):
+        "Did the first batch hold infinities or NaN? Asked on the CPU alone"
+        if self.infinite is None: self.infinite = x.device.type == 'cpu' and not x.detach().sum().isfinite()
+        return self.infinite
 
     def _is_free(self, x):
         k = self.kept

@@ -1,9 +1,11 @@
 "More of the kinds that users reported: variants, each with the right value by hand."
 import random
+import re
 import warnings
 from functools import partial
 from types import SimpleNamespace as NS
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,38 @@ def test_adjacency_matrices_are_asked_for(dtype):
     def own(p, y): return F.binary_cross_entropy_with_logits(p, y.float())
     with pytest.raises(ValueError, match="targets='paste'.*targets='average'"): pages([(x, y)], own, Keep(x, 8, 8), CutMix())
 
+@pytest.mark.parametrize('size', [(16, 16), (8, 8)], ids=str)
+def test_coarse_numbers_without_channels_are_asked_for(size):
+    "A depth or density map of half the size, or a matrix of pairs"
+    x,t = filled(3, 32, 32),torch.randn(N, *size)
+    with pytest.raises(ValueError, match="targets='paste'.*targets='average'"): pages([(x, t)], nn.MSELoss(), Keep(x, *size), CutMix())
+    for targets in 'paste','average':
+        page, = pages([(x, t)], nn.MSELoss(), Keep(x, *size), CutMix(targets=targets))
+        own = page.plan.mask(size) if targets == 'paste' else page.plan.lam.view(N, 1, 1)
+        close(page.loss, F.mse_loss(page.pred, own*t + (1-own)*t[page.plan.index]))
+
+@pytest.mark.parametrize('size', [(2, 3), (3, 3), (4, 4)], ids=str)
+def test_matrices_of_transformations_are_averaged(size):
+    x,t = filled(3, 32, 32),torch.randn(N, *size)
+    page, = pages([(x, t)], nn.MSELoss(), Keep(x, *size), CutMix())
+    lam = page.plan.lam.view(N, 1, 1)
+    close(page.loss, F.mse_loss(page.pred, lam*t + (1-lam)*t[page.plan.index]))
+
+@pytest.mark.parametrize('dim', [1, -1])
+def test_logarithms_of_distributions_in_a_loss_of_ones_own(dim):
+    t = torch.randn(N, 3, C).mul(3).log_softmax(dim)
+    def loss(p, t): return F.kl_div(p.view(N, 3, C).log_softmax(dim), t, reduction='batchmean', log_target=True)
+    page, = pages([(EYE, t)], loss, Net(c=3*C), MixUp(1.))
+    lam = page.plan.lam.view(N, 1, 1)
+    close(page.loss, loss(page.pred, (lam*t.exp() + (1-lam)*t[page.plan.index].exp()).log()))
+
+@pytest.mark.parametrize('cast', [lambda y: y.float(), lambda y: y.double()[:,None], lambda y: y.int()])
+def test_labels_inside_of_the_model_as_numbers(cast):
+    class Margin(Net):
+        def forward(self, x, label): return super().forward(x) - .5*F.one_hot(label.long().flatten(), N)[:,:C]
+    with pytest.raises(ValueError, match='These are the targets'):
+        pages([(EYE, cast(Y), Y)], CrossEntropyLossFlat(), Margin(), MixUp(1.), n_inp=2)
+
 # Marks in the targets of an accuracy
 
 def accuracy_of(loss_func, x, y, metric, net, mix):
@@ -169,6 +203,28 @@ def test_infinities_that_fade():
     net = Keep(x, C)
     page, = pages([(x, Y)], lambda p,y: F.cross_entropy(p.nan_to_num(), y), net, SmoothMix())
     close(net.x.nan_to_num(neginf=-9.), blended(x, page.plan.mask((20,))[:,None], x[page.plan.index]).nan_to_num(neginf=-9.))
+
+@pytest.mark.parametrize('make', [lambda: MixUp(1., fold=False), lambda: MixUp(1., pairing=DifferentClass()),
+    lambda: MixUp(1., per='batch')])
+@pytest.mark.parametrize('size', [20, 20000])
+def test_infinities_averaged_by_items(make, size):
+    x = torch.randn(N, size).masked_fill(torch.rand(N, size) < .2, -torch.inf)
+    class Sees(nn.Linear):
+        def forward(self, x):
+            self.x = x
+            return super().forward(x[:,:20].clamp_min(-9))
+    page, = pages([(x, Y)], CrossEntropyLossFlat(), net := Sees(20, C), make())
+    close(net.x.clamp_min(-9), blended(x, page.plan.lam[:,None], x[page.plan.index]).clamp_min(-9))
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_infinities_are_not_salient(gradients):
+    x = torch.rand(N, 1, 16, 16)
+    x[0,0,0,0] = -torch.inf
+    net = nn.Sequential(nn.Hardtanh(), nn.Flatten(), nn.Linear(256, C))
+    net.register_forward_pre_hook(lambda _,xb: seen.append(xb[0]))
+    seen = []
+    pages([(x, Y)], CrossEntropyLossFlat(), net, GuidedMixup(gradients=gradients))
+    assert not seen[-1].isnan().any() and 1 <= seen[-1].isinf().sum() <= 2
 
 def test_an_infinite_loss_stays_one():
     def loss(p, y): return torch.where(y == 0, torch.inf, 1.).sum() + 0*p.sum()
@@ -293,3 +349,17 @@ def test_more_fits_that_mix_nothing_warn(make, warns):
     (lambda: MixUp(stop='late'), "stop must be a share of the training .*got 'late'")])
 def test_more_messages_name_the_remedy(make, said):
     with pytest.raises((TypeError, ValueError), match=said): make()
+
+@pytest.mark.parametrize('n_epoch,start', [(None, 5), (10, 5), (10, .5), (None, .25)])
+def test_show_says_when_batches_are_mixed(n_epoch, start):
+    "Before the first fit, and after one"
+    learn = learner([(torch.rand(N, 3, 8, 8), Y)]*4, CrossEntropyLossFlat(), Keep(torch.rand(N, 3, 8, 8), C), MixUp(start=start))
+    if n_epoch: learn.fit(n_epoch)
+    def title(**kwargs):
+        fig = learn.show_mixed_batch(**kwargs)[0].figure
+        plt.close(fig)
+        return fig.get_suptitle()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert (found := re.search(r'not mixed; try at=(\S+)', title()))
+        assert 'items keep' in title(at=float(found[1]))

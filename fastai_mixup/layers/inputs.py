@@ -132,11 +132,11 @@ def rules(self:InputMixer, xb:tuple, n:int)->dict:
     raise ValueError("None of the inputs can be mixed (masks, booleans and what `inputs=` leaves out keep their own): "
                      + ', '.join(f"{self.label(path)} is a {_kind(x)}" for x,path in leaves(xb)))
 
-# %% ../../nbs/api/11_inputs.ipynb #e933b92d
+# %% ../../nbs/api/11_inputs.ipynb #17630a3e
 def _classes(x, n):
     "The class of each item, where `x` holds one index or one one-hot row for each; else `None`"
     if not has_rows(x, n) or x.is_complex() or x.is_meta: return None
-    if x.numel() == n: return None if x.is_floating_point() else x.flatten().long()
+    if x.numel() == n: return x.flatten().long() if not x.is_floating_point() or bool((x == x.round()).all()) else None
     one_hot = x.ndim == 2 and bool(((x == 0) | (x == 1)).all() and (x.sum(1) == 1).all())
     return x.float().argmax(1) if one_hot else None
 

@@ -80,11 +80,17 @@ def how_mixed(y:Tensor, pred, spec:LossSpec, plan:Plan, targets:str|None=None)->
         "targets.")
     return 'paste' if certainty else 'losses' if index else 'average'
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #7f98e97f
+# %% ../../nbs/api/07_mixed_loss.ipynb #70431b50
+def _are_logs(y):
+    "Are these the logarithms of distributions over classes?"
+    if not y.is_floating_point() or y.ndim < 2: return False
+    dims = [d for d in {1, y.ndim-1} if y.shape[d] > 1]
+    return bool((y <= 0).all()) and any(bool((y.float().logsumexp(d).abs() < 1e-3).all()) for d in dims)
+
 def _averaged(y, pred, spec, plan):
     "Targets that are numbers, averaged; integers take the precision of the predictions"
     dtype = torch.promote_types(getattr(pred, 'dtype', torch.float32), torch.float32)
-    if spec.log_target: return plan.average_target(y, torch.exp).log() # distributions are averaged, not their logarithms
+    if spec.log_target or (not spec.known and _are_logs(y)): return plan.average_target(y, torch.exp).log() # distributions are averaged
     return plan.average_target(y) if is_number(y) else plan.average_target(y, lambda y: y.to(dtype))
 
 def _pasted(y, spec, plan): return plan.paste(y.exp()).log() if spec.log_target else plan.paste(y)

@@ -24,7 +24,7 @@ from ..ops import Others, has_rows, leaves, map_leaves, partners
 from .puzzlemix import input_gradients
 from .saliencymix import AVERAGE, blur
 
-# %% ../../nbs/api/46_guidedmixup.ipynb #62c1ddcc
+# %% ../../nbs/api/46_guidedmixup.ipynb #4f4ec581
 def normalised(salient:Tensor)->Tensor:
     "Saliency, at least 0, shape (n, 1, *coarse), blurred, and with a sum of 1 over each item; shape (n, *coarse)"
     salient = blur(blur(salient, 1/8), 1/8).squeeze(1)
@@ -32,7 +32,9 @@ def normalised(salient:Tensor)->Tensor:
     flat = flat + 1e-3*flat.mean(1, keepdim=True) + torch.finfo(flat.dtype).tiny # nowhere 0
     return (flat/flat.sum(1, keepdim=True)).view(salient.shape)
 
-def coarse(x, most=64): return AVERAGE[x.ndim-2][0](x, [min(n, most) for n in x.shape[2:]])
+def coarse(x, most=64):
+    x = x.nan_to_num(0, 0, 0) # what is infinite, or unknown, is not salient
+    return AVERAGE[x.ndim-2][0](x, [min(n, most) for n in x.shape[2:]])
 
 def spectral_residual(
     x:Tensor, # Shape (n, channels, *size), one to three dimensions of size

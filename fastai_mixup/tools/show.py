@@ -7,8 +7,9 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/show.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/63_show.ipynb #cea5c55b
+# %% ../../nbs/api/63_show.ipynb #7229dd9b
 import copy
+import warnings
 from contextlib import ExitStack
 from textwrap import fill
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from ..ops import Others, is_number, leaves, map_leaves
 from ..probe import same_draws, split_batch, untouched
 from .plots import as_percent, quoted, where
 
-# %% ../../nbs/api/63_show.ipynb #106661dd
+# %% ../../nbs/api/63_show.ipynb #0154769d
 class Peek:
     "One training batch, as the callback of a Learner mixes it"
     def __init__(self,
@@ -48,7 +49,9 @@ class Peek:
         self.xb,self.yb,self.n = split_batch(learn, b)
         self.cb.learn = self.learn
         self.cb.recipe,self.cb.labels,self.cb.generator = (_copied(o) for o in (own.recipe, own.labels, own.generator))
-        with untouched(learn.model): self._mix(at)
+        with untouched(learn.model), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*mixes no batch of this training run') # no fit begins, and the title says it
+            self._mix(at)
 
 def _copied(o):
     "What draws or remembers goes on from where it was"
@@ -60,11 +63,11 @@ def _why_none(learn):
     return '' if found is None else (f". This one has fastai's {type(found).__name__}: import fastai_mixup after fastai "
                                      f"(`from fastai_mixup.all import *` last), or use `{type(found).__name__}Callback()`.")
 
-# %% ../../nbs/api/63_show.ipynb #33732c02
+# %% ../../nbs/api/63_show.ipynb #8ab7d859
 @patch
 def _mix(self:Peek, at):
     twin,cb = self.learn,self.cb
-    n_epoch = getattr(twin, 'n_epoch', 1) or 1
+    n_epoch = twin.n_epoch if twin.n_epoch > 1 else 100 # of an unknown number, as before the first fit
     vars(twin).update(training=True, pct_train=at, n_epoch=n_epoch, epoch=int(at*n_epoch), iter=0, train_iter=0)
     twin.model.train()
     for _ in range(50): # some batches may be left as they are
@@ -128,20 +131,22 @@ def labels(self:Shown):
     return [mixed_label(a[self.n_inp], b[self.n_inp], *w) if len(a) > self.n_inp else _parts('own', 'partner', *w)
             for a,b,w in zip(self.own, self.partner, self.weights)]
 
-# %% ../../nbs/api/63_show.ipynb #e6ef6371
+# %% ../../nbs/api/63_show.ipynb #954e230d
 @patch(as_prop=True)
 def title(self:Shown):
     "What is seen, with the numbers of the items that are shown"
     peek = self.peek
-    if peek.plan is None: return f'{peek.cb!r}: this batch is not mixed{_when_mixed(peek.cb)}'
+    if peek.plan is None: return f'{peek.cb!r}: this batch is not mixed{_when_mixed(peek)}'
     where_mixed = '' if peek.layer == 'input' else f'mixed {where(peek.layer)}, '
     labels = f' and {as_percent([w for w,_ in self.weights])} of their labels' if peek.plan.has_own_labels else ''
     drawn = f'by {peek.plan.method.name}, ' if peek.cb.recipe.recipes and peek.plan.method is not None else ''
     return f'{peek.cb!r}: {drawn}{where_mixed}items keep {as_percent(peek.kept[:self.n])} of themselves{labels}'
 
-def _when_mixed(cb):
+def _when_mixed(peek):
     "At which moment batches are mixed, if not at this one"
-    return next((f'; try at={pct:g}' for pct in np.linspace(0, .95, 20) if cb.recipe.share_at(SimpleNamespace(pct=pct, epoch=0)) > 0), '')
+    recipe,n = peek.cb.recipe,peek.learn.n_epoch
+    moments = (SimpleNamespace(pct=pct, epoch=int(pct*n)) for pct in np.linspace(0, .99, 100).round(2))
+    return next((f'; try at={now.pct:g}' for now in moments if recipe.share_at(now) > 0), '')
 
 # %% ../../nbs/api/63_show.ipynb #4c8ac1ca
 def _parts(own, partner, w, w1):
