@@ -96,17 +96,16 @@ def broadcast_lam(lam:Tensor, x:Tensor, dim:int=0)->Tensor:
     if lam.ndim == x.ndim: return lam
     return lam.view([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]) if lam.ndim == 1 else lam
 
-# %% ../nbs/api/02_ops.ipynb #e60d8400
+# %% ../nbs/api/02_ops.ipynb #d0285228
 def average(x, partner, weight, out=None, has_whole=None):
     "`weight` parts of `x` and the rest of `partner`; weights broadcast, and booleans select"
     out = {} if out is None else {'out': out}
     if weight.dtype == torch.bool: return torch.where(weight, x, partner, **out)
-    if weight.device.type == 'cpu':
-        res = torch.lerp(partner, x, weight, **out)
-        if math.isfinite(res.detach().sum().item()): return res # infinities and NaN would reach the sum
-        has_whole = None
-    res = torch.addcmul(partner*(1-weight), x, weight, **(out if has_whole is False else {}))
-    return res if has_whole is False else torch.where(weight == 1, x, torch.where(weight == 0, partner, res), **out)
+    res = torch.lerp(partner, x, weight, **out)
+    on_cpu = weight.device.type == 'cpu'
+    if math.isfinite(res.detach().sum().item()) if on_cpu else has_whole is False: return res # infinities and NaN would reach the sum
+    if on_cpu: res = torch.addcmul(partner*(1-weight), x, weight)
+    return torch.where(weight == 1, x, torch.where(weight == 0, partner, res), **out)
 
 # %% ../nbs/api/02_ops.ipynb #cdaec547
 def _cut(x, at, dim): return x.split_with_sizes((at, x.shape[dim]-at), dim)
