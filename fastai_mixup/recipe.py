@@ -107,7 +107,7 @@ def share_at(self:Recipe, now):
     "The share of the batches that are mixed, 0 where it is off"
     return 0. if self.is_off(now) else self.p_at(now)
 
-# %% ../nbs/api/16_recipe.ipynb #a16e0991
+# %% ../nbs/api/16_recipe.ipynb #4a512901
 @patch
 def plan(self:Recipe, batch:Batch, perm:int|Tensor|Others|None=None)->Plan|None:
     "Draw whether and how the batch is mixed; `None` where it is left as it is. Without a pairing, `perm=None` is a random rotation"
@@ -126,7 +126,7 @@ def draw(self:Recipe, batch, perm=None):
     batch.always = batch.always and method.mixes_all(batch)
     perm = self.partners(batch, perm)
     plan = None if perm is None else method.plan(batch, perm)
-    if plan is not None and plan.method is None: plan.method,plan.shared = method,batch.shared
+    if plan is not None and plan.method is None: plan.method,plan.shared = method,batch.shared and method.looks_at != 'targets'
     return plan
 
 @patch

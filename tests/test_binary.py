@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.vision.all import (
+    Callback,
     CategoryBlock,
     DataBlock,
     DataLoaders,
@@ -85,6 +86,16 @@ def test_gradients_by_differences():
     pred = torch.randn(3, C, dtype=torch.float64, generator=gen, requires_grad=True)
     loss = LabelSmoothingBCE(.1, weight=W.double(), pos_weight=POS.double())
     torch.autograd.gradcheck(lambda p: loss.mixed(p, y, y1, lam), pred)
+
+@pytest.mark.parametrize('loss_func', [LabelSmoothingBCE(), LabelSmoothingCE(0., decoupled=.5)], ids=['binary', 'decoupled'])
+def test_bytes_hold_no_negative_mark(loss_func):
+    "Class 156 is what -100 would be as a byte"
+    pred,y,lam = torch.randn(2, 200, generator=gen),torch.tensor([156, 7]),torch.tensor([.3, .6])
+    close(loss_func.mixed(pred, y.byte(), y.flip(0).byte(), lam), loss_func.mixed(pred, y, y.flip(0), lam))
+
+@pytest.mark.parametrize('loss_func,shown', [(LabelSmoothingBCE(thresh=.3), 'thresh=0.3'), (LabelSmoothingBCE(ignore_index=-1), 'index=-1'),
+    (LabelSmoothingCE(decoupled=.2), 'decoupled=0.2')])
+def test_options_are_shown(loss_func, shown): assert shown in repr(loss_func)
 
 def test_batch_without_targets():
     torch.manual_seed(0)
@@ -204,6 +215,48 @@ def test_union_and_accuracy():
     fit(learn)
     close(torch.as_tensor(metric.value), torch.cat(correct).mean())
 
+class Accuracies(Callback):
+    "The accuracy of a metric over the training batches, and that written out by `right(learn)`: what is right, and what counts"
+    order = 50
+    def __init__(self, right): self.metric,self.right,self.parts = MixedAccuracy(),right,[]
+    def before_fit(self): self.metric.reset()
+    def after_loss(self):
+        self.metric.accumulate(self.learn)
+        self.parts.append([o.sum() for o in self.right(self.learn)])
+    def check(self):
+        right,count = (sum(o) for o in zip(*self.parts))
+        assert self.metric.value == pytest.approx((right/count).item(), abs=1e-5)
+
+@pytest.mark.parametrize('y', [SOME_BITS, SOME_BITS.float()], ids=['integers', 'floats'])
+@pytest.mark.parametrize('above', [0, .3])
+def test_union_and_accuracy_of_unknown_labels(y, above):
+    "What is known of one item only counts by its share, as in the loss"
+    known = y != -1
+    def right(learn):
+        M = learn.model.M
+        union = ((M > above)[:,:,None]*(y*known)[None]).amax(1)
+        counts = M @ known.to(M.dtype)
+        return counts*((learn.pred > 0) == union.bool()),counts
+    accuracies = Accuracies(right)
+    fit(learner(batches((torch.eye(N),), (y,)), LabelSmoothingBCE(ignore_index=-1), Net(), MixUp(1., labels=Union(above)), [accuracies]))
+    accuracies.check()
+
+def test_accuracy_of_maps_with_union():
+    "Maps are pasted, by the metric as by the loss"
+    maps = torch.randint(2, (N, C, 6, 6), generator=torch.Generator().manual_seed(0)).float()
+    x = torch.eye(N)[:,:,None,None].expand(N, N, 6, 6).contiguous()
+    def right(learn):
+        target = torch.einsum('ijhw,jchw->ichw', learn.model.x, maps)
+        return ((learn.pred > 0) == target.bool()).float(),torch.ones_like(target)
+    class Maps(nn.Conv2d):
+        def forward(self, x):
+            self.x = x.detach()
+            return super().forward(x)
+    accuracies = Accuracies(right)
+    learn = Learner(DataLoaders([(x, maps)]*3, []), Maps(N, C, 1), nn.BCEWithLogitsLoss(), lr=0., cbs=[CutMix(labels=Union()), accuracies])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    accuracies.check()
+
 # Errors
 
 @pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits],
@@ -226,13 +279,14 @@ def test_bad_parameters(kwargs):
 
 def as_image(i): return TensorImage(torch.eye(12)[i].view(1, 3, 4).expand(3, 3, 4).contiguous())
 @pytest.mark.parametrize('several', [False, True], ids=['one', 'several'])
-def test_fastai_shows_and_decodes(several):
+@pytest.mark.parametrize('thresh', [None, .5])
+def test_fastai_shows_and_decodes(several, thresh):
     def label(i): return ['cat']*(i % 2) + ['dog']*(i % 3 == 0) if several else ['cat', 'cow', 'dog'][i % 3]
     block = DataBlock((TransformBlock, MultiCategoryBlock if several else CategoryBlock), get_items=noop, get_x=as_image, get_y=label,
         splitter=RandomSplitter(.5, seed=0))
     dls = block.dataloaders(list(range(12)), bs=4, num_workers=0, device='cpu')
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, len(dls.vocab)))
-    learn = Learner(dls, model, LabelSmoothingBCE(.1, thresh=.5 if several else None), metrics=[] if several else accuracy,
+    learn = Learner(dls, model, LabelSmoothingBCE(.1, thresh=thresh if several else None), metrics=[] if several else accuracy,
         cbs=MixUp(1., labels=Union() if several else None))
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)

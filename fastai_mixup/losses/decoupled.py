@@ -22,7 +22,7 @@ def log_prob_without(pred, idx, other, where, axis):
     gone = pred.gather(axis, other).masked_fill(where, -torch.inf)
     return pred.gather(axis, idx) - pred.scatter(axis, other, gone).logsumexp(axis, keepdim=True)
 
-# %% ../../nbs/api/08_decoupled.ipynb #f9633de7
+# %% ../../nbs/api/08_decoupled.ipynb #9156419a
 @plainly
 def decoupled_term(
     pred:Tensor, # Logits, classes along `axis`
@@ -36,8 +36,9 @@ def decoupled_term(
 )->Tensor: # A scalar, or for 'none' the shape of `target`
     "The loss of each of the two classes of a mixture, without the other one ([Liu et al. 2022](https://arxiv.org/abs/2203.10761))"
     z = pred.to(torch.promote_types(pred.dtype, torch.float32))
+    target,partner = target.long(),partner.long() # bytes hold no negative mark
     known,partner_known = target != ignore_index,partner != ignore_index
-    a,b = (o.where(k, 0).long().unsqueeze(axis) for o,k in ((target, known), (partner, partner_known)))
+    a,b = (o.where(k, 0).unsqueeze(axis) for o,k in ((target, known), (partner, partner_known)))
     two = (known & partner_known & (target != partner) & (lam > _LEAST) & (lam < 1-_LEAST)).unsqueeze(axis)
     of_class = torch.ones((), dtype=z.dtype, device=z.device).expand(z.shape[axis]) if weight is None else weight.to(z.dtype)
     loss = -(of_class[a]*log_prob_without(z, a, b, two, axis) + of_class[b]*log_prob_without(z, b, a, two, axis))

@@ -59,13 +59,15 @@ class LabelSmoothingCE(nn.Module):
         if self.decoupled and partner is not None: loss = loss + self.decoupled*decoupled_term(pred, *fitted, *options, self.axis)
         return _flat(loss)
 
-# %% ../../nbs/api/21_label_smoothing.ipynb #93fb5cad
+# %% ../../nbs/api/21_label_smoothing.ipynb #b57cf759
 @patch
 def activation(self:LabelSmoothingCE, x): return F.softmax(x, dim=self.axis)
 @patch
 def decodes(self:LabelSmoothingCE, x): return x.argmax(dim=self.axis)
 @patch
-def extra_repr(self:LabelSmoothingCE): return f'eps={self.eps}, axis={self.axis}, reduction={self.reduction!r}'
+def extra_repr(self:LabelSmoothingCE):
+    decoupled = f', decoupled={self.decoupled}' if self.decoupled else ''
+    return f'eps={self.eps}, axis={self.axis}, reduction={self.reduction!r}{decoupled}'
 
 # %% ../../nbs/api/21_label_smoothing.ipynb #eec133de
 @patch

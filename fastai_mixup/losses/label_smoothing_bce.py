@@ -17,7 +17,7 @@ from ..checks import check_choice, check_number
 from ..compat import plainly
 from .cross_entropy import fit_target, result_dtype
 
-# %% ../../nbs/api/22_label_smoothing_bce.ipynb #b1996134
+# %% ../../nbs/api/22_label_smoothing_bce.ipynb #eb98f41a
 def _is_index(pred, target): return target.numel() != pred.numel()
 
 def _rows(pred, target, ignore_index):
@@ -27,9 +27,9 @@ def _rows(pred, target, ignore_index):
         target = target.reshape(pred.shape)
         valid = target != ignore_index
         return target.to(dtype).where(valid, 0), valid.to(dtype)
-    target = _index(pred, target)
+    target = _index(pred, target).long()
     valid = (target != ignore_index).to(dtype)
-    try: return torch.zeros_like(pred, dtype=dtype).scatter_(-1, target.where(valid > 0, 0).long(), valid), valid
+    try: return torch.zeros_like(pred, dtype=dtype).scatter_(-1, target.where(valid > 0, 0), valid), valid
     except RuntimeError as e:
         if 'out of bounds' not in str(e): raise
         raise IndexError(f"Targets must be class indices from 0 to {pred.shape[-1]-1} (or `ignore_index`), "
@@ -43,9 +43,10 @@ def _index(pred, target):
         f"their own shape, got {target.dtype} of shape {tuple(target.shape)}")
     return fit_target(target, pred, -1, flatten=True).unsqueeze(-1)
 
-# %% ../../nbs/api/22_label_smoothing_bce.ipynb #7b58d7ef
+# %% ../../nbs/api/22_label_smoothing_bce.ipynb #e1327d85
 class LabelSmoothingBCE(nn.Module):
     "Binary cross-entropy with smoothing, for one or several labels ([Wightman et al. 2021](https://arxiv.org/abs/2110.00476))"
+    several = False # Were the targets seen last rows of labels?
     takes_labels = takes_several = True # floats may be the ignore mark, which has no average; an item may have several labels
     def __init__(self,
         eps:float=0., # Share of the target that is spread: over all classes for indices, over yes and no for rows, in [0, 1]
@@ -54,7 +55,7 @@ class LabelSmoothingBCE(nn.Module):
         weight:Tensor|None=None, # Weight of each class, shape (classes,); as in torch, a mean does not divide by it
         ignore_index:int=-100, # Targets with this value do not count
         reduction:str='mean', # 'mean' over all that counts, 'sum' or 'none', which keeps the shape of the predictions
-        thresh:float|None=None, # Probability above which `decodes` finds a label, in [0, 1]; `None` for the most probable class
+        thresh:float|None=None, # Probability above which `decodes` finds a label, in [0, 1]; `None`: 1/2 for rows, no cut for indices
     ):
         "Raises a `TypeError` or `ValueError` that names the parameter, its range and what was received"
         super().__init__()
@@ -72,15 +73,16 @@ class LabelSmoothingBCE(nn.Module):
         "The loss of logits `pred`, classes last, for class indices or for rows of its own shape"
         return self.mixed(pred, target)
 
-# %% ../../nbs/api/22_label_smoothing_bce.ipynb #63f0d368
+# %% ../../nbs/api/22_label_smoothing_bce.ipynb #29f60d79
 @patch
 @plainly
 def mixed(self:LabelSmoothingBCE, pred:Tensor, target:Tensor, partner:Tensor|None=None, lam:Tensor|None=None, combine=None)->Tensor:
     "The loss against `lam` parts of `target` and `1-lam` of `partner`, or against what `combine(target, partner, lam)` makes of rows"
     rows,counts = _rows(pred, target, self.ignore_index)
     if partner is not None: rows,counts = self._mix((rows, counts), _rows(pred, partner, self.ignore_index), lam, combine)
+    self.several = not _is_index(pred, target)
     if self.threshold is not None: rows = (rows > self.threshold).to(rows.dtype)
-    if self.eps: rows = rows*(1-self.eps) + self.eps/(pred.shape[-1] if _is_index(pred, target) else 2)
+    if self.eps: rows = rows*(1-self.eps) + self.eps/(2 if self.several else pred.shape[-1])
     loss = F.binary_cross_entropy_with_logits(pred.to(rows.dtype), rows, self.weight, reduction='none', pos_weight=self.pos_weight)*counts
     if self.reduction == 'mean': loss = loss.sum()/counts.expand_as(loss).sum().clamp_min(torch.finfo(loss.dtype).tiny)
     return (loss.sum() if self.reduction == 'sum' else loss).to(result_dtype(pred))
@@ -100,7 +102,7 @@ def counted(self:LabelSmoothingBCE, pred:Tensor, target:Tensor)->Tensor:
     "1 for each element of the loss that counts in a mean, 0 for what is ignored"
     return _rows(pred, target, self.ignore_index)[1].expand(pred.shape)
 
-# %% ../../nbs/api/22_label_smoothing_bce.ipynb #c1ada32d
+# %% ../../nbs/api/22_label_smoothing_bce.ipynb #7a38e4a8
 @patch
 def activation(self:LabelSmoothingBCE, x):
     "Probabilities of logits"
@@ -108,9 +110,11 @@ def activation(self:LabelSmoothingBCE, x):
 
 @patch
 def decodes(self:LabelSmoothingBCE, x):
-    "What is predicted by probabilities: the most probable class, or with `thresh` whether there is each label"
-    if self.thresh is not None: return x > self.thresh
-    return x.argmax(-1) if x.ndim > 1 and x.shape[-1] > 1 else x > .5
+    "What is predicted by probabilities: the most probable class, or after rows, or with `thresh`, whether there is each label"
+    by_class = self.thresh is None and not self.several and x.ndim > 1 and x.shape[-1] > 1
+    return x.argmax(-1) if by_class else x > (.5 if self.thresh is None else self.thresh)
 
 @patch
-def extra_repr(self:LabelSmoothingBCE): return f'eps={self.eps}, threshold={self.threshold}, reduction={self.reduction!r}'
+def extra_repr(self:LabelSmoothingBCE):
+    thresh = '' if self.thresh is None else f', thresh={self.thresh}'
+    return f'eps={self.eps}, threshold={self.threshold}, ignore_index={self.ignore_index}, reduction={self.reduction!r}{thresh}'

@@ -147,7 +147,7 @@ def unreduced(loss_func):
     res.reduction = 'none'
     return res
 
-# %% ../../nbs/api/07_mixed_loss.ipynb #11093f6b
+# %% ../../nbs/api/07_mixed_loss.ipynb #139b5178
 def _both(loss_func, pred, yb, yb1):
     "The losses for the items and then for their partners, by the same random numbers"
     with torch.random.fork_rng([o.device for o in tensors(pred)[:1] if o.is_cuda]): own = loss_func(pred, *yb)
@@ -177,7 +177,7 @@ def _mixed_whole(spec, pred, yb, yb1, plan):
     if not plan.shared: raise RuntimeError(
         f"The loss of {spec.loss_func!r} can only be mixed with one `lam` for the whole batch, but the targets seemed to be numbers when "
         "the batch began. Does a callback replace them by integers? Give it an `order` below that of the mixing (8), or use "
-        "per='batch'.")
+        "per='batch'. (`ClassMix` has others for each item even so: let it paste the map, not mix its losses.)")
     return average(*_both(spec.loss_func, pred, yb, yb1), plan.label_lam[0])
 
 # %% ../../nbs/api/07_mixed_loss.ipynb #103063a4

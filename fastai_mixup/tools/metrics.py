@@ -94,7 +94,15 @@ def weighted_labels(y:Tensor, plan, is_pasted:bool=False, ignored:int=-100)->lis
     total = own+partner
     return [(as_labels(y, ignored), own/total), (as_labels(plan.partners(y), ignored), partner/total)]
 
-# %% ../../nbs/api/60_metrics.ipynb #13e9d7dc
+# %% ../../nbs/api/60_metrics.ipynb #80907d0e
+def united_labels(y:Tensor, plan, ignored:int=-100)->list:
+    "What the plan's combiner makes of both items' labels, and the weights, as one (labels, weights) pair"
+    lam,partner = broadcast_lam(plan.label_lam, y),plan.partners(y)
+    known,partner_known = y != ignored,partner != ignored
+    united = plan.combiner.combine(y.float().where(known, 0), partner.float().where(partner_known, 0), lam)
+    return [(as_labels(united, ignored), lam*known + (1-lam)*partner_known)]
+
+# %% ../../nbs/api/60_metrics.ipynb #85b51ad1
 class LabelMetric(MixMetric):
     "Base of the metrics that compare predictions with both labels of a mixed item"
     def __init__(self, axis, ignore_index):
@@ -110,10 +118,10 @@ class LabelMetric(MixMetric):
         p = label_probabilities(y, pred, spec)
         if p is None: check_classes(who, y, pred, self.axis)
         answers = [o.reshape(y.shape) for o in self.answers(pred, spec, p)]
-        if p is not None and plan is not None and plan.combiner is not None: # all labels of both items, as the loss has them
-            y,plan = plan.average_target(y, Tensor.float).long(),None
         ignored = spec.option('ignore_index', -100) if self.ignore_index is None else self.ignore_index
-        for labels,weight in weighted_labels(y, plan, plan is not None and is_pasted(learn, spec, plan), ignored):
+        pasted = plan is not None and is_pasted(learn, spec, plan)
+        united = p is not None and plan is not None and plan.combiner is not None and not pasted
+        for labels,weight in united_labels(y, plan, ignored) if united else weighted_labels(y, plan, pasted, ignored):
             self.count(labels, (labels != ignored).float()*weight, *answers)
 
 # %% ../../nbs/api/60_metrics.ipynb #83daa274
