@@ -154,6 +154,7 @@ def plot(rows, path):
     rows = [r for r in rows if against in r]
     for r in rows: groups[str(r['size'])][r['contestant']] = r[against]
     names = [n for n in dict.fromkeys(r['contestant'] for r in rows)]
+    named = len(names) > 10 # more than there are colours
     _,ax = plt.subplots(figsize=(8, .5 + .22*len(rows)), layout='constrained')
     for g,(size,bars) in enumerate(groups.items()):
         for i,n in enumerate(n for n in names if n in bars):
@@ -161,13 +162,14 @@ def plot(rows, path):
             y = g + .8*(i+.5)/len(bars) - .4
             first = not any(n in o for o in list(groups.values())[:g])
             ax.barh(y, mid, .8/len(bars), color=f'C{names.index(n)}', xerr=[[mid-low], [high-mid]], label=n if first else None)
-            ax.annotate(f'{mid:.2f}', (high, y), xytext=(3, 0), textcoords='offset points', va='center', fontsize=8)
+            text = f'{mid:.2f}  {n}' if named else f'{mid:.2f}'
+            ax.annotate(text, (high, y), xytext=(3, 0), textcoords='offset points', va='center', fontsize=8)
     ax.set_yticks(range(len(groups)), groups)
     ax.invert_yaxis()
-    ax.margins(x=.1)
+    ax.margins(x=.4 if named else .1)
     ax.axvline(1, color='grey', lw=.8)
     ax.set_xlabel(f'time, {against}')
-    ax.legend(loc='center left', bbox_to_anchor=(1, .5), frameon=False)
+    if not named: ax.legend(loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     plt.savefig(path, dpi=110)
     plt.close()
 
