@@ -9,7 +9,7 @@ from statistics import median, quantiles
 from time import perf_counter
 
 import torch
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn, to_device
 
 RESULTS = Path(__file__).parent/'results'
 PACKAGES = 'torch', 'torchvision', 'fastai', 'timm'
@@ -32,30 +32,46 @@ class GivenPredictions(nn.Module):
     def forward(self, *xb): return Logits.apply(self.anchor, self.logits)
 
 
+def now(device):
+    "The time, or on a GPU an event that will know it"
+    if torch.device(device).type != 'cuda': return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end):
+    if isinstance(start, float): return end-start
+    end.synchronize()
+    return start.elapsed_time(end)/1e3
+
+
 class TimedLearner(Learner):
-    "Notes the seconds of `before_batch`, from `after_pred` to the end of backward, and of the whole batch"
+    "Notes when `before_batch`, the loss (from `after_pred` to the end of backward) and the whole batch begin and end"
     def timed(self, what, f, *args):
-        start = perf_counter()
+        start = now(self.dls.device)
         f(*args)
-        self.seconds[what].append(perf_counter() - start)
+        self.moments[what].append((start, now(self.dls.device)))
 
     def _call_one(self, event_name):
-        if event_name == 'after_pred': self.predicted = perf_counter()
+        if event_name == 'after_pred': self.predicted = now(self.dls.device)
         if event_name == 'before_batch': self.timed('inputs', super()._call_one, event_name)
         else: super()._call_one(event_name)
 
     def _backward(self):
         super()._backward()
-        self.seconds['loss'].append(perf_counter() - self.predicted)
+        self.moments['loss'].append((self.predicted, now(self.dls.device)))
 
     def one_batch(self, i, b): self.timed('step', super().one_batch, i, b)
 
 
-def learner(batch, model, cbs=None, loss_func=None, batches=12, **kwargs):
-    "A Learner that trains on the same `batch` again and again"
-    dls = DataLoaders([batch]*batches, [])
+def learner(batch, model, cbs=None, loss_func=None, batches=12, device=None, **kwargs):
+    "A Learner that trains on the same `batch` again and again; without a `device` on the CPU, whatever else there is"
+    device = torch.device(device or 'cpu')
+    dls = DataLoaders([to_device(batch, device)]*batches, [])
+    dls._device = device # lists have none
     learn = TimedLearner(dls, model, loss_func or CrossEntropyLossFlat(), cbs=cbs, **kwargs)
-    learn.seconds = defaultdict(list)
+    learn.moments = defaultdict(list)
     return learn
 
 
@@ -65,14 +81,16 @@ def in_turns(
     rounds:int, # How often each of them has its turn, of one epoch
     warm_up:int=2, # Batches of each turn that do not count
     average=median, # Of the batches of a turn; `mean` where some of the work is done for several batches at once
+    until:float=float('inf'), # When to end, by `perf_counter`, after two rounds at least
 )->dict: # Name: list of seconds, one for each turn
     "Train all `learners` by turns, so that what else the machine does falls on all of them alike"
     seconds = {name: [] for name in learners}
-    for _ in range(rounds + 1):
+    for turn in range(rounds + 1):
+        if turn > 1 and perf_counter() > until: break
         for name,learn in learners.items():
-            learn.seconds.clear()
+            learn.moments.clear()
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-            seconds[name].append(average(learn.seconds[what][warm_up:]))
+            seconds[name].append(average(seconds_between(*o) for o in learn.moments[what][warm_up:]))
     return {name: s[1:] for name,s in seconds.items()}
 
 
@@ -90,13 +108,18 @@ def compare(seconds, against, **setting):
     return [row(name, s) for name,s in seconds.items()]
 
 
-def show(rows):
-    "Print `rows` as a table"
+def cells(rows):
+    "`rows` as lists of texts, the names of the columns first"
     def text(v):
         if isinstance(v, (tuple, list)): return f'{v[0]:.3g} ({v[1]:.3g} to {v[2]:.3g})'
         return f'{v:.4g}' if isinstance(v, float) else str(v)
     columns = list(dict.fromkeys(c for r in rows for c in r))
-    table = [columns, *([text(r.get(c, '')) for c in columns] for r in rows)]
+    return [columns, *([text(r.get(c, '')) for c in columns] for r in rows)]
+
+
+def show(rows):
+    "Print `rows` as a table"
+    table = cells(rows)
     widths = [max(map(len, col)) for col in zip(*table)]
     for line in table: print('  '.join(cell.ljust(w) for cell,w in zip(line, widths)).rstrip())
 
@@ -131,19 +154,22 @@ def plot(rows, path):
     rows = [r for r in rows if against in r]
     for r in rows: groups[str(r['size'])][r['contestant']] = r[against]
     names = [n for n in dict.fromkeys(r['contestant'] for r in rows)]
+    named = len(names) > 10 # more than there are colours
     _,ax = plt.subplots(figsize=(8, .5 + .22*len(rows)), layout='constrained')
     for g,(size,bars) in enumerate(groups.items()):
         for i,n in enumerate(n for n in names if n in bars):
             mid,low,high = bars[n]
             y = g + .8*(i+.5)/len(bars) - .4
-            ax.barh(y, mid, .8/len(bars), color=f'C{names.index(n)}', xerr=[[mid-low], [high-mid]], label=n if g == 0 else None)
-            ax.annotate(f'{mid:.2f}', (high, y), xytext=(3, 0), textcoords='offset points', va='center', fontsize=8)
+            first = not any(n in o for o in list(groups.values())[:g])
+            ax.barh(y, mid, .8/len(bars), color=f'C{names.index(n)}', xerr=[[mid-low], [high-mid]], label=n if first else None)
+            text = f'{mid:.2f}  {n}' if named else f'{mid:.2f}'
+            ax.annotate(text, (high, y), xytext=(3, 0), textcoords='offset points', va='center', fontsize=8)
     ax.set_yticks(range(len(groups)), groups)
     ax.invert_yaxis()
-    ax.margins(x=.1)
+    ax.margins(x=.4 if named else .1)
     ax.axvline(1, color='grey', lw=.8)
     ax.set_xlabel(f'time, {against}')
-    ax.legend(loc='center left', bbox_to_anchor=(1, .5), frameon=False)
+    if not named: ax.legend(loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     plt.savefig(path, dpi=110)
     plt.close()
 

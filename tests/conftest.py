@@ -23,3 +23,10 @@ def no_global_hooks():
 def real(tmp_path):
     "Like `learner`, over fastai `DataLoaders`"
     return lambda kind, *args, **kwargs: learner(kind, *args, data=datasets(kind), path=tmp_path, **kwargs)
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    "fastai's `MixedPrecision` asks for CUDA by name, or by default"
+    from fastai.callback import fp16
+    monkeypatch.setattr(fp16, 'autocast', lambda *device,dtype: torch.autocast('cpu', dtype))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda *device,**kwargs: torch.amp.GradScaler('cpu', **kwargs))

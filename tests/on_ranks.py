@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.utils import DistributedDataParallelKwargs
-from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, Recorder, nn, set_seed
+from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, Recorder, default_device, nn, set_seed
 from fastai.callback.progress import ProgressCallback
 from fastai.distributed import DistributedDL
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,6 +37,7 @@ from fastai_mixup.all import (
 from fastai_mixup.distributed import AcrossRanks
 
 N,BS,C,SIDE = 21,4,3,8
+DEVICE = 'cpu' # of this rank
 Y = torch.arange(N)**2 % 5 % C
 ROWS = torch.eye(N)
 PICTURES = ROWS.view(N, N, 1, 1).expand(N, N, SIDE, SIDE).contiguous()
@@ -119,7 +120,7 @@ def learner(dls, net, cbs, lr, **kwargs):
 def remains(learn):
     "What must not remain after a fit"
     x = (ROWS if learn.witness.pages[0].batch[0].ndim == 2 else PICTURES).clone()
-    with torch.no_grad(): learn.model(x)
+    with torch.no_grad(): learn.model(x.to(DEVICE))
     return SimpleNamespace(kind=type(learn.model).__name__, hooks=len(_global_forward_hooks),
         loaders=[type(dl).__name__ for dl in learn.dls.loaders], M=learn.model.M,
                            forwards=[n for n,m in learn.model.named_modules() if 'forward' in vars(m)],
@@ -134,10 +135,10 @@ def fit(mix, net=rows, seed=0, epochs=2, lr=.1, sync_bn=False, metrics=None, **d
     set_seed(seed)
     x = ROWS if net is rows else PICTURES
     dl = DataLoader(TensorDataset(x, Y), batch_size=BS, shuffle=True)
-    learn = learner(DataLoaders(dl, dl, device='cpu'), net(spare=bool(ddp.get('find_unused_parameters'))), [mix] if mix else [], lr,
+    learn = learner(DataLoaders(dl, dl, device=DEVICE), net(spare=bool(ddp.get('find_unused_parameters'))), [mix] if mix else [], lr,
         **({'metrics': metrics} if metrics else {}))
     if metrics: learn.recorder.train_metrics = True
-    with learn.no_logging(), learn.distrib_ctx(sync_bn=sync_bn, cpu=True,
+    with learn.no_logging(), learn.distrib_ctx(sync_bn=sync_bn, cpu=DEVICE == 'cpu',
         kwargs_handlers=[DistributedDataParallelKwargs(**ddp)] if ddp else None):
         learn.fit(epochs)
     return told(learn)
@@ -248,6 +249,7 @@ SHARDED = dict(inputs=lambda: fit_lists(MixUp(1.), EVEN, net=sharded),
     **{f'asks_{k}': (lambda cb=cb: error(lambda: fit_lists(cb(), EVEN, net=sharded))) for k,cb in dict(
         puzzle=lambda: PuzzleMix(p=.5), snap=SnapMix, trans=TransMix, random=lambda: RandomMix([MixUp(), PuzzleMix()]),
         around=lambda: RegMixUp(method=RandomMix([MixUp(), SnapMix()]))).items()})
+ON_DEVICES = 'inputs', 'hidden', 'some', 'found', 'across', 'across_cutmix'
 FOUR = 'inputs', 'hidden', 'some', 'beside_random', 'across', 'uneven4'
 CASES['uneven4'] = lambda: fit_lists(MixUp(1., pairing=AcrossRanks()), [[4, 3], [4, 1], [2, 2], [3, 4]])
 
@@ -257,7 +259,7 @@ class Dies(Callback):
         if dist.get_rank() == 1 and self.train_iter == 3: os._exit(1)
 
 def broadcast(self, t, rank):
-    t = torch.tensor(t)
+    t = torch.tensor(t, device=DEVICE)
     dist.broadcast(t, rank)
     return t.tolist()
 
@@ -275,23 +277,35 @@ def survive(mix):
     learn = learner(DataLoaders(dl, dl, device='cpu'), rows(), [mix, Dies()], .1)
     with learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True): return error(lambda: learn.fit(2))
 
-PARTS = dict(two=lambda: run({n: c for n,c in CASES.items() if n != 'uneven4'}), four=lambda: run({n: CASES[n] for n in FOUR}),
+PARTS = dict(devices=lambda: run({n: CASES[n] for n in ON_DEVICES}),
+    two=lambda: run({n: c for n,c in CASES.items() if n != 'uneven4'}), four=lambda: run({n: CASES[n] for n in FOUR}),
     sharded=lambda: run(SHARDED), **{f'dies_{k}': (lambda cb=cb: survive(cb())) for k,cb in dict(
     hidden=ManifoldMixUp, across=lambda: MixUp(pairing=AcrossRanks())).items()})
 
+def take_device(rank, world):
+    "A GPU for each rank, where there are as many; which backend they talk by"
+    global DEVICE
+    if torch.cuda.device_count() < world: return 'gloo'
+    DEVICE = f'cuda:{rank}'
+    torch.cuda.set_device(rank)
+    return 'nccl'
+
 def be(rank, world, folder, part):
+    DistributedDL._broadcast = broadcast
     torch.set_num_threads(1) # before threads race for the pool that the fork has broken
     os.environ.update({'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': 'localhost',
         'MASTER_PORT': '0'})
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world,
+    default_device(use=part == 'devices' and torch.cuda.device_count() >= world)
+    backend = 'gloo' if part != 'devices' else take_device(rank, world)
+    dist.init_process_group(backend, init_method=f'file://{folder}/store', rank=rank, world_size=world,
         timeout=timedelta(seconds=20 if part.startswith('dies') else 300))
     torch.save(PARTS[part](), f'{folder}/{rank}')
     if not part.startswith('dies'): dist.barrier() # who leaves first closes what the other may still read from
 
 if __name__ == '__main__':
-    DistributedDL._broadcast = broadcast
     world,folder,part = int(sys.argv[1]),*sys.argv[2:]
-    ranks = [get_context('fork').Process(target=be, args=(r, world, folder, part)) for r in range(world)] # which import nothing again
+    start = get_context('spawn' if part == 'devices' else 'fork') # a fork imports nothing again, but cannot use CUDA, which fastai begins
+    ranks = [start.Process(target=be, args=(r, world, folder, part)) for r in range(world)]
     for p in ranks: p.start()
     for p in ranks: p.join()
     sys.exit(max(p.exitcode != 0 for p in ranks))

@@ -25,7 +25,7 @@ def launch(n, folder, part, code=0):
     "What each of `n` ranks writes down"
     done = subprocess.run([sys.executable, '-W', 'ignore', SCRIPT, str(n), folder, part], capture_output=True, text=True, timeout=600)
     assert done.returncode == code, f'{done.stderr[:4000]}\n...\n{done.stderr[-4000:]}'
-    return [torch.load(folder/str(r), weights_only=False) if (folder/str(r)).exists() else None for r in range(n)]
+    return [torch.load(folder/str(r), map_location='cpu', weights_only=False) if (folder/str(r)).exists() else None for r in range(n)]
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory): return launch(2, tmp_path_factory.mktemp('two'), 'two')

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from apps import close, quiet
-from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, Recorder, nn, set_seed
-from fastai.callback import fp16
+from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, Recorder, nn, set_seed, to_device
 from fastai.callback.all import ChannelsLast, GradientAccumulation, MixedPrecision
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.modules.module import _global_forward_hooks
@@ -27,9 +26,11 @@ class Through(Callback):
     def __init__(self): self.pages = []
     def after_loss(self):
         plan = next(cb.plan for cb in self.learn.cbs if hasattr(cb, 'plan'))
-        self.pages.append(SimpleNamespace(lam=plan.lam, index=plan.index, pred=self.learn.pred.detach(), loss=self.learn.loss.detach(),
-            y=self.learn.yb[0], xb=self.learn.xb))
-    def after_backward(self): self.pages[-1].grads = [p.grad.float().clone() for p in self.model.parameters() if p.grad is not None]
+        found = dict(lam=plan.lam, index=plan.index, weights=plan.label_weights, pred=self.learn.pred.detach(),
+            loss=self.learn.loss.detach(), y=self.learn.yb[0], xb=self.learn.xb)
+        self.pages.append(SimpleNamespace(layer=plan.layer, device=self.learn.pred.device.type, **to_device(found, 'cpu')))
+    def after_backward(self):
+        self.pages[-1].grads = [p.grad.float().clone().cpu() for p in self.model.parameters() if p.grad is not None]
 
 class Checkpointed(nn.Module):
     "Runs each part a second time in the backward pass"
@@ -55,13 +56,15 @@ KINDS = dict(
     nn.Linear(16, CLASSES)), words))
 each_net = pytest.mark.parametrize('kind', KINDS)
 
-def fit(kind, *cbs, change=lambda net: net, dtype=None, layout=None, loss_func=None, lr=0., **kwargs):
-    mix,net,data = KINDS[kind]
+def fit(kind, *cbs, change=lambda net: net, dtype=None, layout=None, loss_func=None, lr=0., y=Y, device='cpu', **kwargs):
+    "`kind` is a name in `KINDS`, or what stands there: a callback, a model, and inputs"
+    mix,net,data = KINDS[kind] if isinstance(kind, str) else kind
     torch.manual_seed(0)
     net,x = change(net()),[*data()]
     if dtype: net,x = net.to(dtype),[o.to(dtype) if o.is_floating_point() else o for o in x]
     if layout: x = [o.to(memory_format=layout) for o in x]
-    dls = DataLoaders(list(zip(x, Y)), [], device='cpu')
+    dls = DataLoaders(list(zip(x, y)), [])
+    dls._device = torch.device(device) # lists have none
     learn = quiet(Learner(dls, net, CrossEntropyLossFlat() if loss_func is None else loss_func, SGD, lr=lr,
         cbs=[mix(), watch := Through(), *cbs], **kwargs))
     if dtype == torch.bfloat16: learn.remove_cb(Recorder) # which smooths losses in float32
@@ -94,12 +97,6 @@ def check_against(plain, pages, tol, same=True):
 @pytest.fixture(scope='module')
 def plain(): return {kind: fit(kind)[0] for kind in KINDS}
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    "fastai's `MixedPrecision` asks for CUDA by name, or by default"
-    monkeypatch.setattr(fp16, 'autocast', lambda *device,dtype: torch.autocast('cpu', dtype))
-    monkeypatch.setattr(fp16, 'GradScaler', lambda *device,**kwargs: torch.amp.GradScaler('cpu', **kwargs))
-
 @each_net
 def test_channels_last(kind, plain):
     if kind == 'embedded': pytest.skip('words have no channels')
@@ -129,26 +126,30 @@ def test_accumulated_gradients(kind, plain):
     sums = [sum(g) for g in zip(*(p.grads for p in plain[kind]))]
     assert apart([o/N for o in sums], pages[-1].grads) < 1e-4
 
-@each_net
-def test_checkpointing(kind, plain):
+def check_checkpointing(kind, **kwargs):
     "What is run again in the backward pass is mixed again, in the same way"
     def parts(net):
         if not hasattr(net, 'fc'): return net
         *stem,one,two,_,_,pool,head = net.children()
         return nn.Sequential(nn.Sequential(*stem), one, two, nn.Sequential(pool, nn.Flatten(), head))
-    again,once = (fit(kind, change=lambda net: Checkpointed(parts(net), on))[0] for on in (True, False))
+    again,once = (fit(kind, change=lambda net: Checkpointed(parts(net), on), **kwargs)[0] for on in (True, False))
     for a,b in zip(once, again, strict=True):
         close(b.loss.float(), loss_of(b), 1e-5)
         close(a.pred, b.pred)
         assert apart(a.grads, b.grads) < 1e-4 and torch.equal(a.lam, b.lam)
 
 @each_net
-def test_gradient_scaler(kind, on_cpu):
+def test_checkpointing(kind): check_checkpointing(kind)
+
+def check_scaler(kind, **kwargs):
     "A step that overflows is skipped, and the next batches are mixed as before"
-    pages,net = fit(kind, precision := MixedPrecision('fp16', init_scale=2.**40, backoff_factor=2.**-36), lr=1e-3)
+    pages,net = fit(kind, MixedPrecision('fp16', init_scale=2.**40, backoff_factor=2.**-36), lr=1e-3, **kwargs)
     assert not all(o.isfinite().all() for o in pages[0].grads) and all(o.isfinite().all() for o in pages[-1].grads)
     assert len(pages) == N and all(p.isfinite().all() for p in net.parameters())
     for p in pages: close(p.loss.float(), loss_of(p), 6e-2)
+
+@each_net
+def test_gradient_scaler(kind, on_cpu): check_scaler(kind)
 
 def in_place(loss, **kwargs):
     loss.compile(**kwargs)

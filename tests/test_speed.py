@@ -1,4 +1,5 @@
 "What makes mixing cheap, without a stopwatch: nothing waits for the device, few kernels, one compiled graph, no memory to speak of."
+import json
 import re
 import shutil
 import subprocess
@@ -18,8 +19,10 @@ from fastai.vision.core import TensorImage
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.models import VisionTransformer
 
-from fastai_mixup.all import LabelSmoothingCE, ManifoldMixUp, MixUp
+from fastai_mixup.all import *
+from fastai_mixup.registry import AROUND, METHODS
 
 BENCHMARKS = Path(__file__).parent.parent/'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
@@ -89,6 +92,24 @@ def test_nothing_waits(name):
     for calls in later if probed else (first, *later):
         assert any('meta' in went for _,_,went,_ in calls)
         assert not [call for call in calls if waits(call)]
+
+MAPS = dict(model=lambda: nn.Conv2d(3, CLASSES, 1), y=lambda bs: torch.randint(CLASSES, (bs, 32, 32)),
+    loss_func=CrossEntropyLossFlat(axis=1))
+NOT_ON_META = {FMix} # a generator of that device
+@pytest.mark.parametrize('cls', [cls for cls in METHODS if cls not in NOT_ON_META])
+def test_no_method_waits(cls):
+    "Of those that find a layer in the model, none after the first batch"
+    recipe = cls().recipe
+    net = MAPS if recipe.looks_at == 'targets' else dict(model=small_vit if recipe.watches else small_conv)
+    first,*later = watched(cls(), x=lambda bs: torch.randn(bs, 3, 32, 32), **net)
+    for calls in later if recipe.needs_model else (first, *later):
+        assert any('meta' in went for _,_,went,_ in calls)
+        assert not [call for call in calls if waits(call)]
+
+def small_vit(): return VisionTransformer(32, 8, 2, 2, 16, 16, num_classes=CLASSES)
+def small_conv():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, CLASSES))
 
 def test_waiting_is_seen():
     fastais = watched(FastaiMixUp(.4))
@@ -206,4 +227,25 @@ def test_benchmarks_run(name, tmp_path):
     assert re.search(r'^size +contestant', out, re.M)
     assert {p.name for p in tmp_path.iterdir()} == {f'{name}_1.json', f'{name}_1.png'}
 
-def test_all_benchmarks_are_tried(): assert {p.stem for p in BENCHMARKS.glob('*.py')} - {'bench', 'peers'} == set(SMALL)
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU it is run as it is')
+def test_benchmark_of_gpus_runs_small(tmp_path):
+    "What it writes on a CPU says so, and is not written to where results belong"
+    out = script('gpu', '--small', '--results', str(tmp_path))
+    assert re.search(r'^size +contestant', out, re.M) and 'not run' not in out
+    assert {p.name for p in tmp_path.iterdir()} == {'gpu.json', 'gpu.md', 'gpu.png'}
+    found = json.loads((tmp_path/'gpu.json').read_text())
+    assert found['machine']['device'] == 'none: run on the CPU' and 'none: run on the CPU' in (tmp_path/'gpu.md').read_text()
+    measured = {r['contestant'] for r in found['rows'] if r['size'].startswith('resnet')}
+    assert {o.__name__ for o in (*METHODS, *AROUND)} - measured == {'TransMix', 'ClassMix'} # of transformers, of maps of classes
+    assert all(r['ms'] > 0 and r['calls'] > 0 and r['MB'] > 0 for r in found['rows'])
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU it is run as it is')
+@pytest.mark.parametrize('args,error', [([], 'there is no GPU'), (['--small'], 'numbers of a CPU are no results')])
+def test_benchmark_of_gpus_needs_one(args, error, monkeypatch, capsys):
+    from gpu import arguments
+    monkeypatch.setattr(sys, 'argv', ['gpu.py', *args])
+    with pytest.raises(SystemExit): arguments()
+    assert error in capsys.readouterr().err
+
+def test_all_benchmarks_are_tried(): assert {p.stem for p in BENCHMARKS.glob('*.py')} - {'bench', 'peers', 'gpu'} == set(SMALL)
