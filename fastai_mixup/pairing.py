@@ -21,10 +21,10 @@ from .ops import Others, has_rows, is_number, leaves, tensors
 from .probe import private_draws
 from .recipe import as_code
 
-# %% ../nbs/api/50_pairing.ipynb #0c253037
+# %% ../nbs/api/50_pairing.ipynb #212628ae
 def _sorted_by_class(y, generator):
     "A shuffled batch: its order, and for each row the rank by class, the rank of the first of its class, and the size of its class"
-    shuffle = torch.randperm(len(y), generator=generator).to(y.device)
+    shuffle = torch.randperm(len(y), generator=generator).to(y.device, non_blocking=True)
     y = y[shuffle]
     same = y[:,None] == y
     first = same.int().argmax(1) # numbers the classes in random order
@@ -42,11 +42,11 @@ def same_class(
     shuffle,by_class,rank,first,count = _sorted_by_class(y, generator)
     return _unshuffled(shuffle, by_class[first + (rank-first+1) % count])
 
-# %% ../nbs/api/50_pairing.ipynb #d42fbdbc
+# %% ../nbs/api/50_pairing.ipynb #e7ac88ca
 def _any_other(by_class, first, count, generator):
     "For each item a random one of another class, of those that there are"
     n = len(by_class)
-    drawn = (torch.rand(n, generator=generator).to(by_class.device)*(n-count)).long()
+    drawn = (torch.rand(n, generator=generator).to(by_class.device, non_blocking=True)*(n-count)).long()
     return by_class[torch.where(drawn < first, drawn, drawn+count).clamp_max(n-1)]
 
 def different_class(
@@ -57,7 +57,7 @@ def different_class(
     shuffle,by_class,rank,first,count = _sorted_by_class(y, generator)
     n,most = len(y),count.max()
     low,high = torch.minimum(most, n-most),torch.maximum(most, n-most)
-    k = low + (torch.rand((), generator=generator).to(y.device)*(high-low+1)).long()
+    k = low + (torch.rand((), generator=generator).to(y.device, non_blocking=True)*(high-low+1)).long()
     partner = by_class[(rank+k) % n]
     partner = torch.where((2*most > n) & (count < most), _any_other(by_class, first, count, generator), partner)
     perm = _unshuffled(shuffle, partner)
@@ -104,7 +104,7 @@ class SameClass(PairingBy):
     "Pair each item with a random other one of its class or group and batch, where there is one"
     def __call__(self, batch): return same_class(self.groups(batch), batch.generator)
 
-# %% ../nbs/api/50_pairing.ipynb #ad747a64
+# %% ../nbs/api/50_pairing.ipynb #ce1a2f07
 def but_itself(log_weights:Tensor)->Tensor:
     "Logarithms of weights of shape (n, n), that of each item itself made -inf"
     return log_weights.masked_fill(torch.eye(len(log_weights), dtype=torch.bool, device=log_weights.device), -torch.inf)
@@ -112,7 +112,7 @@ def but_itself(log_weights:Tensor)->Tensor:
 def drawn_partners(log_weights:Tensor, generator:torch.Generator)->Tensor:
     "For each item, int64, shape (n,), one drawn by weights of shape (n, n) whose logarithm is given"
     gumbel = -torch.empty(log_weights.shape).exponential_(generator=generator).log_()
-    return (log_weights + gumbel.to(log_weights.device)).argmax(1)
+    return (log_weights + gumbel.to(log_weights.device, non_blocking=True)).argmax(1)
 
 def rare_log_weights(count:Tensor)->Tensor:
     "Logarithm of the probability with which each item is a partner, but for a constant, of the number of items of its class, shape (n,)"
@@ -193,7 +193,7 @@ def tensors_by_path(batch):
     "The inputs and targets that have a row for each item, by where they sit"
     return {path: x for x,path in leaves((tuple(batch.xb), tuple(batch.yb))) if has_rows(x, batch.n)}
 
-# %% ../nbs/api/50_pairing.ipynb #501f6aa2
+# %% ../nbs/api/50_pairing.ipynb #e520ecd2
 class FromOutside:
     "Base of the pairings with the items of another batch"
     from_outside = True # Do partners come from outside of the batch, known for inputs and targets only?
@@ -207,7 +207,7 @@ class FromOutside:
 
     def _rows(self, x, other, rows, path):
         if x.shape[1:] == other.shape[1:] and x.dtype == other.dtype:
-            return other.index_select(0, rows.to(other.device)).to(x.device, non_blocking=True)
+            return other.index_select(0, rows.to(other.device, non_blocking=True)).to(x.device, non_blocking=True)
         raise ValueError(f"pairing={self!r} needs batches whose items have the same shape and type, got {_at(path)} of shape "
                          f"{tuple(other.shape[1:])} ({other.dtype}) for one of {tuple(x.shape[1:])} ({x.dtype})")
 

@@ -106,6 +106,12 @@ def test_no_method_waits(cls):
         assert any('meta' in went for _,_,went,_ in calls)
         assert not [call for call in calls if waits(call)]
 
+PAIRINGS = [DifferentClass(), SameClass(), RareClass(), PreviousBatch(), LeastOverlap(), NearTarget(by=lambda batch: batch.yb[0])]
+@pytest.mark.parametrize('pairing', PAIRINGS, ids=lambda o: type(o).__name__)
+def test_no_pairing_waits(pairing):
+    batches = watched(CutMix(pairing=pairing), model=small_conv, x=lambda bs: torch.randn(bs, 3, 32, 32))
+    for calls in batches[1:]: assert any('meta' in went for _,_,went,_ in calls) and not [call for call in calls if waits(call)]
+
 def small_vit(): return VisionTransformer(32, 8, 2, 2, 16, 16, num_classes=CLASSES)
 def small_conv():
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
