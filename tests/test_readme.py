@@ -164,8 +164,11 @@ from fastai.vision.all import *
 create = timm.create_model
 timm.create_model = lambda *args, pretrained=False, **kwargs: create(*args, **kwargs)
 class Items(list): loss_func = CrossEntropyLossFlat()
-def images(side):
-    items = Items((TensorImage(torch.rand(3, side, side)), TensorCategory(i % 2)) for i in range(8))
+class Masks(list): loss_func = CrossEntropyLossFlat(axis=1)
+def images(side): return loaders(Items((TensorImage(torch.rand(3, side, side)), TensorCategory(i % 2)) for i in range(8)))
+def masks(side):
+    return loaders(Masks((TensorImage(torch.rand(3, side, side)), TensorMask(torch.randint(2, (side, side)))) for i in range(8)))
+def loaders(items):
     dls = DataLoaders.from_dsets(items, [], bs=4, num_workers=0, device='cpu')
     dls.c,dls.vocab = 2,['a', 'b']
     return dls
@@ -180,7 +183,7 @@ def test_the_calls_on_the_pages_of_methods_run(folder):
     for page in pages:
         for snippet in re.findall('```python\n(from.*?|import.*?)```', prose(page.relative_to(root)), re.S)[:1]:
             side,snippet = 224 if 'vit' in snippet else 32,snippet.replace('resnet34', 'resnet18').replace('vit_small', 'vit_tiny')
-            code += f'dls = images({side})\n'
+            code += f"dls = {'masks' if 'unet' in snippet else 'images'}({side})\n"
             code += f'{snippet}fit(learn)\n'
             n += 1
     assert n == len(pages)

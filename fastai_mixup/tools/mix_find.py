@@ -12,6 +12,7 @@ import copy
 import html
 import random
 import threading
+import warnings
 from contextlib import contextmanager
 from numbers import Real
 from unittest.mock import patch as replaced
@@ -76,11 +77,10 @@ def _shared(learn, new):
     data = [learn.dls,*learn.dls.loaders,*(getattr(dl, 'dataset', None) for dl in learn.dls.loaders)]
     return {id(learn): new, **{id(o): o for o in data if o is not None}}
 
-# %% ../../nbs/api/61_mix_find.ipynb #e76db9f1
+# %% ../../nbs/api/61_mix_find.ipynb #4332d014
 def _as_setting(mix, mixer):
     "The callback of a setting, still to be copied, and its `alpha` if it is to have another one"
     if mix is None or isinstance(mix, MixCallback): return mix,None
-    if mix == 0: return None,None # where nothing is mixed there is no need of a callback
     return (MixUp(mix),None) if mixer is None else (mixer,check_alpha(mix))
 
 def copied(learn, mix):
@@ -212,7 +212,7 @@ def plot(self:MixFound, ax=None):
     ax.legend()
     return ax
 
-# %% ../../nbs/api/61_mix_find.ipynb #c9f68b2e
+# %% ../../nbs/api/61_mix_find.ipynb #c4e1e383
 def _check_search(learn, mixes, epochs, repeats, seed):
     "What `mix_find` was given, checked before the first training"
     loaders = getattr(learn.dls, 'loaders', ())
@@ -242,7 +242,9 @@ def _train(learn, mix, epochs, lr, seed):
     with seeded(learn.dls, seed):
         new = copied(learn, mix)
         try:
-            new.fit_one_cycle(epochs, lr)
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', '.*mixes no batch of this training run') # as alpha=0 is meant to
+                new.fit_one_cycle(epochs, lr)
             return [_number(o) for o in _last_record(new, epochs)]
         finally: _take_apart(new)
 
