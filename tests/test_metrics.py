@@ -372,6 +372,7 @@ def test_calibration_at_the_edges():
     half = calibration(torch.tensor([[2., 0.], [0., 1.]], dtype=torch.bfloat16), y)
     assert half == pytest.approx(calibration(torch.tensor([[2., 0.], [0., 1.]]), y), abs=1e-6)
 
+@pytest.mark.slow
 def test_calibration_counts_many_pixels():
     "More than a float can count one by one"
     metric,n = ExpectedCalibrationError(n_bins=1, axis=1),3000
