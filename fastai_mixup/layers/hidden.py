@@ -185,7 +185,7 @@ def find(self:RandomLayer, cb, learn, xb, n):
     if 'output' in (self.wanted or []): layers.append(HiddenLayer(Cut('output', learn.model, [], (), 1.)))
     self.layers = [Inputs()]*self.include_input + layers
 
-# %% ../../nbs/api/15_hidden.ipynb #a0ff05ad
+# %% ../../nbs/api/15_hidden.ipynb #1790c4df
 @patch
 def suits(self:RandomLayer, cb, xb, n):
     "A test whether a layer suits the method: one that needs positions keeps to layers that have some"
@@ -193,13 +193,13 @@ def suits(self:RandomLayer, cb, xb, n):
     tests = self.with_positions(cb, xb, n),self.with_own_positions(cb, xb, n)
     return lambda cut: any(test(cut) for test in tests)
 
-def _sizes(cb, xb, n): return InputMixer(cb.learn.model, xb, cb.inputs, cb.layout).sizes(xb, n)
+def _mixer(cb, xb): return InputMixer(cb.learn.model, xb, cb.inputs, cb.layout)
 
 @patch
 def with_positions(self:RandomLayer, cb, xb, n):
     "A test whether a layer has the positions of the inputs, perhaps fewer (signals only where the user names the layer)"
-    layout,sizes = cb.layout,_sizes(cb, xb, n)
-    mixer = InputMixer(cb.learn.model, xb, cb.inputs, layout)
+    layout,mixer = cb.layout,_mixer(cb, xb)
+    sizes = mixer.sizes(xb, n)
     halved = halved_shapes(inner_model(cb.learn.model), xb, n, mixer, self.cuts.memory)
     if self.wanted is None and not layout.channels_last: sizes = [size for size in sizes if len(size) > 1]
     return lambda cut: any(cut.has_positions(size, layout.channels_last, halved.get(cut.module)) for size in sizes)
@@ -208,7 +208,7 @@ def with_positions(self:RandomLayer, cb, xb, n):
 def with_own_positions(self:RandomLayer, cb, xb, n):
     "A test whether a layer that the user names has positions of its own, for methods that look at no others"
     if self.wanted is None or not cb.recipe.needs_positions or cb.recipe.looks_at is not None: return lambda cut: False
-    dims = max(map(len, _sizes(cb, xb, n)), default=0)
+    dims = max(map(len, _mixer(cb, xb).sizes(xb, n)), default=0)
     return lambda cut: cut.has_own_positions(dims, cb.layout.channels_last)
 
 # %% ../../nbs/api/15_hidden.ipynb #6597092f
