@@ -53,7 +53,13 @@ class AlignPlan(Plan):
         own,partner = self.layout.first(x),self.layout.first(self.partners(x))
         return blend_with(x, self.layout.back(aligned(own, partner, self.epsilon), x), self.lam)
 
-# %% ../../nbs/api/42_alignmixup.ipynb #60b16779
+# %% ../../nbs/api/42_alignmixup.ipynb #49cd8c9c
+def check_no_maps(run, does:str):
+    "Raise a `ValueError` if a target of the batch has positions, which could not follow what the method `does`"
+    for y in tensors(run.batch.yb):
+        if y.ndim > 2: raise ValueError(
+            f"{run.cb} {does}, which its target of shape {tuple(y.shape)} would not follow. Use `ManifoldMixUp` or `CutMix`.")
+
 class AlignedLayer(RandomLayer):
     "The inputs, or a deep layer with aligned features"
     epsilon,usual_depths = .1,()
@@ -76,10 +82,7 @@ class AlignedLayer(RandomLayer):
         "`layers=`.)")
 
     def apply(self, run):
-        for y in tensors(run.batch.yb):
-            if y.ndim > 2: raise ValueError(
-                f"{run.cb} moves the positions of the partner, which its target of shape {tuple(y.shape)} would not follow. "
-                                            "Use `ManifoldMixUp` or `CutMix`.")
+        check_no_maps(run, "moves the positions of the partner")
         super().apply(run)
 
 # %% ../../nbs/api/42_alignmixup.ipynb #cd2a27ee

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup.github.io/fastai_mixup/api/catchupmix.html.md"""
 # %% auto #0
 __all__ = ['CatchUpMix']
 
-# %% ../../nbs/api/47_catchupmix.ipynb #e2fdf380
+# %% ../../nbs/api/47_catchupmix.ipynb #2f26c41c
 from collections.abc import Callable
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..batch import Plan
 from ..callback import MixCallback
 from ..layers.hidden import RandomLayer
-from ..ops import blend, tensors
+from ..ops import blend
+from .alignmixup import check_no_maps
 from .cutmix import CutMixMethod
 from .manifold_mixup import ManifoldMixUp, check_no_partners_outside, layers_shown
 
@@ -45,7 +46,7 @@ class CatchUpPlan(Plan):
         self.plan.lam = keep.float().mean(1)
         return blend(x, keep.view(*keep.shape, *[1]*(x.ndim-2)), self.perm)
 
-# %% ../../nbs/api/47_catchupmix.ipynb #a473d827
+# %% ../../nbs/api/47_catchupmix.ipynb #ca8734b8
 class CatchUpLayer(RandomLayer):
     "The inputs, or a layer with channels of which some are kept"
     usual_depths = 1/4,1/2,3/4
@@ -59,10 +60,7 @@ class CatchUpLayer(RandomLayer):
     def with_own_positions(self, cb, xb, n): return lambda cut: True # channels, from which no map could be pasted
 
     def apply(self, run):
-        for y in tensors(run.batch.yb):
-            if y.ndim > 2: raise ValueError(
-                f"{run.cb} takes whole channels from the partner, of which no position of its target of shape {tuple(y.shape)} is a part. "
-                "Use `ManifoldMixUp` or `CutMix`.")
+        check_no_maps(run, "takes whole channels from the partner")
         super().apply(run)
 
 # %% ../../nbs/api/47_catchupmix.ipynb #79022c9b
